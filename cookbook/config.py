@@ -1,0 +1,69 @@
+"""The groups of keys that recipes share (`model.*`, `lora.*`, ...): types, defaults and their meaning. conf/ holds values only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class ModelConfig:
+    name: str = "smollm2-135m-instruct-q4_1"  # the embedded model's id, a hub id, a directory, or a .gguf file
+    chat_template: str | None = None  # a built-in template (chatml, plain), a .jinja file, or null: the tokenizer's own
+    thinking: bool | None = None  # passed to templates that know `enable_thinking` (Qwen3); null: the template's default
+
+
+@dataclass
+class LoraConfig:
+    rank: int = 32
+    train_attn: bool = True
+    train_mlp: bool = True
+    train_unembed: bool = True
+
+
+@dataclass
+class DataConfig:
+    name: str = "gsm_symbolic"  # a generated set, `file`, `mixture`, or a label for the hub set in `path`
+    path: str | None = None  # local file (json, jsonl, parquet, csv; with name=file) or hub data set
+    config: str | None = None  # hub configuration (subset)
+    split: str = "train"
+    columns: dict[str, str] = field(default_factory=dict)  # standard name -> name in the file
+    train_on: str = "all"  # last | all (assistant messages) | everything | flags (per-message `train` or `weight`)
+    size: int = 2000  # rows of a generated set
+    limit: int | None = None  # use the first N rows
+    eval_rows: int = 100  # held out from the end of the (seed-)shuffled rows
+    overlong: str = "drop"  # drop | truncate | error, for rows over max_length
+    max_bad: float = 0.05  # share of unreadable rows above which the run refuses to start
+    streaming: bool = False  # read a hub set or jsonl file as it goes (shuffled in a buffer)
+    sources: dict[str, float] = field(default_factory=dict)  # name=mixture: preset or file path -> weight
+
+
+@dataclass
+class OptimConfig:
+    schedule: str = "linear"  # constant | linear | cosine, after the warm-up
+    warmup_steps: int = 5
+    min_ratio: float = 0.0  # the schedule ends at learning_rate * min_ratio
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0  # 0: no clipping
+
+
+@dataclass
+class EngineConfig:
+    dtype: str = "auto"  # auto | bfloat16 | float32
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
+    token_budget: int | None = None  # tokens per micro-batch; null: by machine, written to config.yaml
+
+
+@dataclass
+class LogConfig:
+    wandb: str = "off"  # off | online | offline
+    wandb_project: str = "cook"
+    every: int = 1  # console line every N steps (metrics.jsonl always has each step)
+    progress: bool = True  # live progress bar on a terminal
+
+
+@dataclass
+class EvalConfig:
+    batch_size: int = 32  # held-out sequences per request

@@ -1,0 +1,105 @@
+"""What travels between a recipe and the engine: token sequences, their loss inputs, and parameters. Names and fields are Tinker's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+TensorLike = torch.Tensor | Sequence[float] | Sequence[int]
+
+
+@dataclass(frozen=True)
+class EncodedTextChunk:
+    """A run of token ids."""
+
+    tokens: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """The input of one sequence, as chunks in order (text only for now)."""
+
+    chunks: tuple[EncodedTextChunk, ...]
+
+    @classmethod
+    def from_ints(cls, tokens: Sequence[int]) -> ModelInput:
+        return cls((EncodedTextChunk(tuple(tokens)),))
+
+    @classmethod
+    def empty(cls) -> ModelInput:
+        return cls(())
+
+    def to_ints(self) -> list[int]:
+        return [token for chunk in self.chunks for token in chunk.tokens]
+
+    @property
+    def length(self) -> int:
+        return sum(chunk.length for chunk in self.chunks)
+
+
+@dataclass(frozen=True)
+class Datum:
+    """One sequence of N tokens with its loss inputs.
+
+    Every value of `loss_fn_inputs` has length N; position i speaks of the token that follows input i.
+    `target_tokens` is int64 [N] or [N, K]; the others are float32 of the shape the loss asks for (see core/losses.py).
+    """
+
+    model_input: ModelInput
+    loss_fn_inputs: Mapping[str, TensorLike]
+
+
+@dataclass(frozen=True)
+class AdamParams:
+    """One AdamW step (decoupled weight decay, bias-corrected); grad_clip_norm 0 means no clipping."""
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The geometry of an adapter. alpha is fixed at 32: W' = W + (32 / rank) B A."""
+
+    rank: int = 32
+    seed: int = 0
+    train_unembed: bool = True
+    train_mlp: bool = True
+    train_attn: bool = True
+
+
+@dataclass
+class ForwardBackwardOutput:
+    """`loss_fn_outputs[i]["logprobs"]` has the shape of datum i's target_tokens; `metrics` holds "loss:sum"."""
+
+    loss_fn_outputs: list[dict[str, torch.Tensor]]
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class OptimStepOutput:
+    """`metrics` holds "grad_norm:mean", the norm of the summed gradient before clipping."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class SaveOutput:
+    """`path` is the tinker:// URI; `directory` the same place on this machine's disk."""
+
+    path: str
+    directory: str
+
+
+LossConfig = Mapping[str, Any]

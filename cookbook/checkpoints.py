@@ -1,0 +1,105 @@
+"""checkpoints.jsonl: which checkpoints a run has, which of them stay, and the newest one that still loads."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypedDict, TypeVar, cast
+
+from cookbook import records
+from cookbook.errors import UsageError
+
+T = TypeVar("T")
+
+
+class CheckpointRow(TypedDict):
+    step: int  # optimizer steps done
+    uri: str
+    path: str | None  # relative to the run directory; null: the checkpoint lies on a server
+    loop: dict[str, Any]  # what the recipe needs to go on, with the run's `seconds` and `wandb_id`
+    metrics: dict[str, float]  # eval/* of these very weights, when they were evaluated
+
+
+class Checkpoints:
+    """The rows of RUN/checkpoints.jsonl, oldest first. A row is appended once its directory is complete."""
+
+    def __init__(self, run_dir: Path, *, keep_last: int, best: str | None, best_is: str) -> None:
+        self.run_dir = run_dir
+        self.file = run_dir / "checkpoints.jsonl"
+        self.keep_last = max(1, keep_last)  # the final one always stays
+        self.best_metric = best
+        self.best_sign = {"min": 1.0, "max": -1.0}[best_is]
+        self.rows = cast(list[CheckpointRow], records.keep_rows(self.file, lambda row: True))
+
+    def directory(self, row: CheckpointRow) -> Path | None:
+        return None if row["path"] is None else self.run_dir / row["path"]
+
+    @property
+    def newest(self) -> CheckpointRow | None:
+        """The newest row whose directory exists (or which lies on a server)."""
+        present = (row for row in reversed(self.rows) if (path := self.directory(row)) is None or path.is_dir())
+        return next(present, None)
+
+    @property
+    def best(self) -> CheckpointRow | None:
+        rated = [row for row in self.rows if math.isfinite(self._rating(row))]
+        return min(rated, key=self._rating, default=None)
+
+    def _rating(self, row: CheckpointRow) -> float:
+        value = row["metrics"].get(self.best_metric) if self.best_metric else None
+        return math.inf if value is None or math.isnan(float(value)) else self.best_sign * float(value)
+
+    def add(self, row: CheckpointRow) -> None:
+        """Append the row, then let go of what is neither among the newest nor the best."""
+        records.append_row(self.file, row, sync=True)
+        self.rows = [*(old for old in self.rows if old["step"] != row["step"]), row]
+        kept = [old for old in self.rows if old in self.rows[-self.keep_last :] or old is self.best]
+        self._rewrite(kept)
+        self._sweep(up_to=row["step"])  # a later one may be complete and on its way here
+
+    def _rewrite(self, kept: list[CheckpointRow]) -> None:
+        """Always before the directories go: a kill in between leaves a stray directory, not a row without one."""
+        if len(kept) != len(records.read_rows(self.file)):
+            records.write_rows(self.file, cast(list[Mapping[str, object]], kept))
+        self.rows = kept
+
+    def _sweep(self, up_to: float) -> None:
+        """Delete step checkpoints in RUN/checkpoints that no row knows; names that are not numbers are somebody else's."""
+        known = {path.resolve() for row in self.rows if (path := self.directory(row))}
+        for directory in (self.run_dir / "checkpoints").glob("*/weights/*"):
+            if directory.name.isdigit() and int(directory.name) <= up_to and directory.resolve() not in known:
+                shutil.rmtree(directory, ignore_errors=True)
+
+    def load_newest(self, load: Callable[[CheckpointRow], T], note: Callable[[str], None]) -> tuple[CheckpointRow, T] | None:
+        """Try `load` on the rows, newest first; what fails is reported, dropped and set aside as `<name>.damaged`.
+
+        None without rows. UsageError when there are rows and none loads: starting over would erase the run.
+        """
+        reason = ""
+        for index in reversed(range(len(self.rows))):
+            row = self.rows[index]
+            try:
+                loaded = load(row)
+            except (UsageError, MemoryError):
+                raise
+            except Exception as error:
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                fallback = f"falling back to {self.rows[index - 1]['step']:06d}" if index else "none is left"
+                note(f"checkpoint {row['step']:06d} is damaged ({reason}): {fallback}")
+                continue
+            self._drop_after(index)
+            return row, loaded
+        if self.rows:
+            raise UsageError(f"none of the {len(self.rows)} checkpoints of {self.run_dir} loads (oldest: {reason})")
+        return None
+
+    def _drop_after(self, index: int) -> None:
+        for row in self.rows[index + 1 :]:
+            path = self.directory(row)
+            if path is not None and path.is_dir():
+                shutil.rmtree(path.with_name(path.name + ".damaged"), ignore_errors=True)
+                path.rename(path.with_name(path.name + ".damaged"))
+        self._rewrite(self.rows[: index + 1])
+        self._sweep(up_to=math.inf)

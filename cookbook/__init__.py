@@ -1,7 +1,8 @@
-"""The cookbook: translates (messages <-> tokens) and drives (command line, configuration, run log) the engine in `core`.
+"""The cookbook: translates (messages <-> tokens) and drives (command line, configuration, run log) the engine.
 
-`core`, `envs` and `recipes` are imported by these plain names. They lie next to this package in a checkout and inside it in a wheel
-(`cookbook/_tree`), and other distributions use the same names: our tree goes first on sys.path, and a foreign one already imported is an error.
+`core`, `envs` and `recipes` are imported by these plain names. They lie next to this package in a checkout and
+inside it in a wheel (`cookbook/_tree`), and other distributions use the same names: our tree goes first on
+sys.path, and a foreign one already imported is an error.
 """
 
 from __future__ import annotations

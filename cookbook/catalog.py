@@ -16,7 +16,9 @@ from cookbook.keys import group_files
 
 def print_models(console: Console, config_dir: Path | None) -> None:
     """One row per file of conf/model: choice, name, whether it is on this machine, what it is."""
-    table = Table("model=", "name", "here", "what it is", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for title in ("model=", "name", "here", "what it is"):
+        table.add_column(title, no_wrap=title in ("model=", "name"))
     for option, path in group_files("model", config_dir).items():
         name = _value(path, "name") or option
         table.add_row(option, name, "yes" if is_local(name) else "", _comment(path))

@@ -66,14 +66,16 @@ class Checkpoints:
         self.rows = kept
 
     def _sweep(self, up_to: float) -> None:
-        """Delete step checkpoints in RUN/checkpoints that no row knows; names that are not numbers are somebody else's."""
+        """Delete step checkpoints in RUN/checkpoints that no row knows; names but numbers are somebody else's."""
         known = {path.resolve() for row in self.rows if (path := self.directory(row))}
         for directory in (self.run_dir / "checkpoints").glob("*/weights/*"):
             if directory.name.isdigit() and int(directory.name) <= up_to and directory.resolve() not in known:
                 shutil.rmtree(directory, ignore_errors=True)
 
-    def load_newest(self, load: Callable[[CheckpointRow], T], note: Callable[[str], None]) -> tuple[CheckpointRow, T] | None:
-        """Try `load` on the rows, newest first; what fails is reported, dropped and set aside as `<name>.damaged`.
+    def load_newest(
+        self, load: Callable[[CheckpointRow], T], note: Callable[[str], None]
+    ) -> tuple[CheckpointRow, T] | None:
+        """Try `load` on the rows, newest first; what fails is reported and set aside as `<name>.damaged`.
 
         None without rows. UsageError when there are rows and none loads: starting over would erase the run.
         """

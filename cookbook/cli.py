@@ -1,4 +1,4 @@
-"""The command line. Typer owns the flags, compose the key=value words; nothing here imports torch before a recipe starts."""
+"""The command line. Typer owns the flags, compose the key=value words; no torch before a recipe starts."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look at training data before training on it.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value ...", metavar="[KEY=VALUE]...", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="As in steps=100.", metavar="[KEY=VALUE]...")]
 Cfg = Annotated[Literal["job"] | None, typer.Option("--cfg", help="Print the composed configuration and stop.")]
-ConfigDir = Annotated[Path | None, typer.Option("--config-dir", help="A directory of your own model/, data/, experiment/ files.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Read the data, show an example, estimate memory and time; train nothing.")]
+ConfigDir = Annotated[Path | None, typer.Option("--config-dir", help="Your own model/, data/, experiment/ files.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Read data, show an example, estimate memory and time.")]
 RunArg = Annotated[str, typer.Argument(help="A run directory, or its name under runs/.", metavar="RUN")]
 
 
@@ -59,7 +59,7 @@ def sft(
 
 @app.command()
 def run(
-    file: Annotated[Path, typer.Argument(help="A recipe of your own: a .py file with Config and main.", metavar="FILE")],
+    file: Annotated[Path, typer.Argument(help="A .py file with Config and main.", metavar="FILE")],
     overrides: Overrides = None,
     cfg: Cfg = None,
     config_dir: ConfigDir = None,

@@ -1,6 +1,7 @@
-"""Configuration of a run: a recipe's Config < conf/model, conf/data < conf/experiment < the command line, as a plain dataclass.
+"""Configuration of a run: a recipe's Config < conf/model, conf/data < conf/experiment < the command line.
 
-The one module that touches Hydra (its loader; not its app, argparse, cwd or logging). Every mistake is a UsageError of one line.
+The one module that touches Hydra (its loader; not its app, argparse, cwd or logging). What comes out is a plain
+dataclass; every mistake is a UsageError of one line.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, QuotedString, Quote
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -58,8 +59,10 @@ def compose_file(path: Path, overrides: list[str], config_dir: Path | None = Non
     return _compose(name, load_recipe(name), overrides, overrides, config_dir)
 
 
-def recompose(recipe: str, saved: Mapping[str, object], overrides: list[str], config_dir: Path | None = None) -> Composed:
-    """Compose over the values of an earlier run's config.yaml; a newly chosen group (model=...) replaces its whole section."""
+def recompose(
+    recipe: str, saved: Mapping[str, object], overrides: list[str], config_dir: Path | None = None
+) -> Composed:
+    """Compose over the values of a run's config.yaml; a newly chosen group (model=...) replaces its whole section."""
     chosen = {override.lstrip("+").split("=", 1)[0] for override in overrides}
     kept = {key: value for key, value in saved.items() if key not in chosen or not isinstance(value, Mapping)}
     return _compose(recipe, load_recipe(recipe), overrides, overrides, config_dir, saved=kept)
@@ -163,7 +166,7 @@ def _checked(override: str, config_type: type, schema: DictConfig, config_dir: P
     key, equals, value = override[len(prefix) :].partition("=")
     keys, choosable = declared(config_type), groups(config_type, config_dir)
     if not equals and not prefix.startswith("~"):
-        raise UsageError(_bare_word(override, choosable, config_dir))
+        raise UsageError(_bare_word(override, [*keys, *choosable], choosable, config_dir))
     if key in choosable and not value.startswith("{"):
         return _checked_choice(prefix, key, value, config_dir)
     mapping = next((name for name in keys if is_mapping(keys[name]) and key.startswith(f"{name}.")), None)
@@ -172,8 +175,8 @@ def _checked(override: str, config_type: type, schema: DictConfig, config_dir: P
             raise UsageError(f"{override}: only entries of a mapping can be taken out; to unset a key write {key}=null")
         return override
     if mapping is not None:
-        entry = "{" + f"{key.removeprefix(mapping + '.')}: {value}" + "}"  # names may hold dots: data.sources.my.jsonl=0.5
-        key, value = mapping, entry
+        entry = key.removeprefix(f"{mapping}.")  # may hold dots itself: data.sources.my.jsonl=0.5
+        key, value = mapping, f"{{{entry}: {value}}}"
     elif key not in keys and not (key in sections(config_type) and value.startswith("{")):
         raise UsageError(_unknown_key(key, value, config_type, choosable))
     return _checked_value(override, key, value, keys.get(key), schema)
@@ -182,8 +185,8 @@ def _checked(override: str, config_type: type, schema: DictConfig, config_dir: P
 def _checked_value(override: str, key: str, value: str, hint: object, schema: DictConfig) -> str:
     parsed = _parse(f"{key}={value}")
     if parsed is not None and parsed.is_sweep_override():
-        quoted = QuotedString(value, Quote.double).with_quotes()
-        raise UsageError(f"{override}: several values for one run; give one (a list is [a,b], a text with commas '{quoted}')")
+        quote = f"; a text with commas is quoted twice: '{key}=\"{value}\"'" if is_text(hint) else ""
+        raise UsageError(f"{override}: several values for one run, give one{quote}")
     if is_text(hint) and value != "null" and (parsed is None or not isinstance(parsed._value, QuotedString)):
         value = QuotedString(value, Quote.single).with_quotes()  # a text is taken as typed: s3://b/k=1, 007, a(1).jsonl
         parsed = _parse(f"{key}={value}")
@@ -216,10 +219,13 @@ def _checked_choice(prefix: str, group: str, option: str, config_dir: Path | Non
         instead = f"; a hub id or a directory: model.name={option}"
     elif group == "data" and ("/" in option or "." in option):
         instead = f"; a local file: data=file data.path={option}"
-    raise UsageError(f"{group}={option}: no such {group}{did_you_mean(option, options)}; there are {', '.join(options)}{instead}")
+    meant = did_you_mean(option, options)
+    raise UsageError(f"{group}={option}: no such {group}{meant}; there are {', '.join(options)}{instead}")
 
 
-def _bare_word(word: str, choosable: list[str], config_dir: Path | None) -> str:
+def _bare_word(word: str, known: list[str], choosable: list[str], config_dir: Path | None) -> str:
+    if word in known:
+        return f"{word!r} has no value: {word}=..."
     for group in choosable:
         if word in group_files(group, config_dir):
             return f"{word!r} is not key=value (did you mean {group}={word}?)"

@@ -28,7 +28,7 @@ def gsm_symbolic(size: int, seed: int = SEED) -> list[dict[str, object]]:
         version = importlib.metadata.version("reasoning-gym")
     except importlib.metadata.PackageNotFoundError:
         raise UsageError(
-            "data=gsm_symbolic needs the package reasoning-gym: `uv sync`, or `pip install \"cook-post-training[gym]\"`"
+            'data=gsm_symbolic needs the package reasoning-gym: `uv sync`, or `pip install "cook-post-training[gym]"`'
         ) from None
     path = cache_dir() / "generated" / f"gsm_symbolic-{size}-seed{seed}-reasoning-gym-{version}.jsonl"
     rows = _read_cache(path, size)
@@ -58,7 +58,9 @@ def _generate_gsm_symbolic(size: int, seed: int) -> list[dict[str, object]]:
     while len(answers) < size:
         draws += size // 10 + 10
         if draws > 20 * size + 1000:
-            raise UsageError(f"data.size={size}: gsm_symbolic has only about {len(answers)} different problems; ask for fewer")
+            raise UsageError(
+                f"data.size={size}: gsm_symbolic has only about {len(answers)} different problems; ask for fewer"
+            )
         entries = reasoning_gym.create_dataset("gsm_symbolic", size=draws, seed=seed)
         for i in range(draws):  # entry i does not depend on the size
             entry = entries[i]

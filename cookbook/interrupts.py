@@ -14,7 +14,7 @@ from types import FrameType
 class Interrupts:
     """Holds the two signals between `install` and `restore`. Only the main thread can; elsewhere both do nothing."""
 
-    def __init__(self, log: Callable[[str], None], last_words: Callable[[], None]) -> None:
+    def __init__(self, log: Callable[[str], None], last_words: Callable[[], object]) -> None:
         self.stop = threading.Event()
         self._log = log  # must not print: a handler may run in the middle of another print
         self._last_words = last_words

@@ -1,9 +1,10 @@
-"""The keys a recipe's Config declares: their dotted names and types, the groups of conf files over them, and did-you-mean."""
+"""The keys a recipe's Config declares: dotted names, types, the groups of conf files over them, did-you-mean."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -37,7 +38,7 @@ def group_files(group: str, config_dir: Path | None = None) -> dict[str, Path]:
     """Option -> file of conf/<group>, the user's directory first: {"qwen3-8b": .../conf/model/qwen3-8b.yaml, ...}."""
     folders = [CONF / group, *([config_dir / group] if config_dir else [])]
     files = {path.stem: path for folder in folders for path in folder.glob("*.yaml")}
-    return dict(sorted(files.items()))
+    return dict(sorted(files.items(), key=lambda item: _by_size(item[0])))
 
 
 def groups(config_type: type, config_dir: Path | None = None) -> list[str]:
@@ -79,6 +80,12 @@ def did_you_mean(word: str, options: Sequence[str] | Iterable[str]) -> str:
     """' (did you mean learning_rate?)', or nothing."""
     found = nearest(word, options)
     return f" (did you mean {found}?)" if found else ""
+
+
+def _by_size(name: str) -> list[tuple[float, str]]:
+    """qwen3-8b before qwen3-14b."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", name)
+    return [(float(part), "") if i % 2 else (-1.0, part) for i, part in enumerate(parts)]
 
 
 def _initials(name: str) -> str:

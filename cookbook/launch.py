@@ -1,15 +1,16 @@
-"""From a composed configuration to a recipe at work: the run's name and directory, resuming and repeating earlier runs."""
+"""From a composed configuration to a recipe at work: the run's name and directory, earlier runs resumed or repeated."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cookbook.compose import Composed, load_recipe, recompose, to_yaml
+from cookbook.compose import DEFAULT_RECIPE, Composed, load_recipe, recompose, to_yaml
 from cookbook.errors import UsageError
 from cookbook.keys import did_you_mean
 
@@ -25,8 +26,14 @@ def launch(composed: Composed, run_dir: Path | None = None) -> int | None:
     _make_absolute(config)
     from cookbook.run import prepare
 
+    is_new = not directory.exists()
     prepare(directory, recipe=composed.recipe, config_yaml=to_yaml(config), overrides=composed.overrides)
-    return load_recipe(composed.recipe).main(config)
+    try:
+        return load_recipe(composed.recipe).main(config)
+    except UsageError:
+        if is_new and not any((directory / name).exists() for name in ("metrics.jsonl", "checkpoints.jsonl")):
+            shutil.rmtree(directory)  # a mistyped path leaves no run behind, and its name= is free again
+        raise
 
 
 def reopen(run: str, overrides: list[str]) -> tuple[Composed, Path]:
@@ -35,20 +42,19 @@ def reopen(run: str, overrides: list[str]) -> tuple[Composed, Path]:
         key = override.lstrip("+~").split("=", 1)[0]
         if not MAY_CHANGE.match(key):
             raise UsageError(
-                f"{override}: a resumed run keeps its {key}; steps, epochs, eval_every, save_*, keep_last and log.* may change "
-                f"(a new run with this change: cook rerun {run} {override})"
+                f"{override}: a resumed run keeps its {key}; steps, epochs, eval_every, save_*, keep_last, log.* may "
+                f"change (a new run with this change: cook rerun {run} {override})"
             )
     directory = _find(run)
-    recipe, saved, earlier = _record(directory)
-    composed = recompose(recipe, saved, overrides)
-    return replace(composed, overrides=[*earlier, *overrides]), directory
+    recipe, saved, _ = _record(directory)
+    return recompose(recipe, saved, overrides), directory
 
 
 def repeat(run: str, overrides: list[str], config_dir: Path | None) -> Composed:
     """The configuration of a run under a new name, with changes."""
     recipe, saved, earlier = _record(_find(run))
     composed = recompose(recipe, saved | {"name": None, "run_dir": None}, overrides, config_dir)
-    return replace(composed, overrides=[*earlier, *overrides])
+    return replace(composed, overrides=[*(o for o in earlier if not o.startswith(("name=", "run_dir="))), *overrides])
 
 
 def run_directories() -> list[Path]:
@@ -64,14 +70,17 @@ def _new_directory(composed: Composed) -> Path:
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"run_dir={directory} is a file; give a directory")
     if (directory / "config.yaml").exists():
-        raise UsageError(f"{directory} holds a run already: cook resume {directory}, or choose another name= or run_dir=")
+        raise UsageError(f"{directory} holds a run: cook resume {directory}, or choose another name= or run_dir=")
     return directory
 
 
 def _name(composed: Composed) -> str:
     """sft-qwen3-8b-no_robots-1122-134501; a second run within the same second gets a -2."""
     kind, _, file = composed.recipe.partition("/")
-    recipe = Path(composed.recipe).stem if composed.recipe.endswith(".py") else kind if file == "chat" else f"{kind}-{file}"
+    if composed.recipe.endswith(".py"):
+        recipe = Path(composed.recipe).stem
+    else:
+        recipe = kind if file == DEFAULT_RECIPE[kind] else f"{kind}-{file}"
     parts = [recipe, _label(composed, "model", ("name",)), _label(composed, "data", ("path", "name"))]
     name = "-".join([*filter(None, parts), time.strftime("%m%d-%H%M%S")])
     taken = {path.name for path in RUNS.glob(f"{name}*")}
@@ -91,14 +100,14 @@ def _label(composed: Composed, section: str, fields: tuple[str, ...]) -> str:
 
 def _make_absolute(config: Any) -> None:
     """Files named relative to here are still found when the run is resumed from elsewhere."""
-    places = [(config, "init_from"), (getattr(config, "model", None), "name"), (getattr(config, "model", None), "chat_template")]
-    for section, field in [*places, (getattr(config, "data", None), "path")]:
+    model, data = getattr(config, "model", None), getattr(config, "data", None)  # somebody's own Config may lack them
+    for section, field in [(config, "init_from"), (model, "name"), (model, "chat_template"), (data, "path")]:
         value = getattr(section, field, None)
         if value and Path(value).exists():
             setattr(section, field, str(Path(value).absolute()))
-    sources = getattr(getattr(config, "data", None), "sources", None)
+    sources = getattr(data, "sources", None)
     if sources:
-        config.data.sources = {str(Path(s).absolute()) if Path(s).is_file() else s: w for s, w in sources.items()}
+        data.sources = {str(Path(s).absolute()) if Path(s).is_file() else s: w for s, w in sources.items()}
 
 
 def _find(run: str) -> Path:
@@ -108,7 +117,8 @@ def _find(run: str) -> Path:
     if Path(run).is_dir():
         raise UsageError(f"{run} holds no run: there is no config.yaml in it")
     names = [path.name for path in run_directories()]
-    raise UsageError(f"no run {run}{did_you_mean(Path(run).name, names)}; the newest are {', '.join(names[:5]) or '(none in ./runs)'}")
+    meant = did_you_mean(Path(run).name, names)
+    raise UsageError(f"no run {run}{meant}; the newest are {', '.join(names[:5]) or '(none in ./runs)'}")
 
 
 def _record(directory: Path) -> tuple[str, dict[str, Any], list[str]]:

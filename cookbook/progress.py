@@ -1,4 +1,4 @@
-"""What a person sees of a running recipe: a live bar on a terminal, a line every few steps elsewhere, and all lines in console.log."""
+"""What a person sees of a run: a live bar on a terminal, lines elsewhere; console.log keeps every line."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Progress:
     def __init__(self, log: LogConfig, console_log: Path, console: Console | None = None) -> None:
         from rich.console import Console
 
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or Console()
         self.console_log = console_log
         self.every = max(1, log.every)
         # rich draws one live display at a time, so a job that runs as a thread of a sweep prints lines
@@ -52,7 +52,8 @@ class Progress:
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
             from rich.progress import Progress as Bar
 
-            self._bar = Bar(BarColumn(24), MofNCompleteColumn(), TextColumn("{task.description}"), console=self.console, transient=True)
+            columns = BarColumn(24), MofNCompleteColumn(), TextColumn("{task.description}", markup=False)
+            self._bar = Bar(*columns, console=self.console, transient=True)
             self._task = self._bar.add_task("", total=total, completed=done)
             self._bar.start()
 
@@ -73,7 +74,7 @@ class Progress:
             self.write_log(line)
 
     def note(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
         self.write_log(text)
 
     def write_log(self, text: str) -> None:

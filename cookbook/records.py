@@ -1,4 +1,4 @@
-"""Files that survive `kill -9`: rows are appended whole, rewrites happen aside and are renamed, a torn last line is nobody's row."""
+"""Files that survive `kill -9`: rows are appended whole, rewrites are renamed into place, a torn line is no row."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import fcntl
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,24 +14,26 @@ from typing import Any
 from cookbook.errors import UsageError
 
 Row = dict[str, Any]  # one JSON object
+NOT_FINITE = ("NaN", "Infinity", "-Infinity")  # JSON has no such numbers; `float()` reads these strings back
 
 
 def encode(row: Mapping[str, object]) -> str:
-    """One line of strict JSON; NaN and the infinities become the strings "NaN", "Infinity", "-Infinity" (`float()` reads them back)."""
-    return json.dumps(_strict(row), ensure_ascii=False, allow_nan=False)
+    """One line of strict JSON."""
+    return json.dumps(strict(row), ensure_ascii=False, allow_nan=False)
 
 
-def _strict(value: object) -> object:
+def strict(value: object) -> object:
+    """The same value in plain JSON types; NaN and the infinities become the strings of NOT_FINITE."""
     if isinstance(value, Mapping):
-        return {str(key): _strict(entry) for key, entry in value.items()}
+        return {str(key): strict(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_strict(entry) for entry in value]
+        return [strict(entry) for entry in value]
     if value is None or isinstance(value, str | bool | int):
         return value
     number = float(value)  # type: ignore[arg-type]  # numpy and torch scalars too; anything else is the caller's bug
     if math.isfinite(number):
         return number
-    return "NaN" if math.isnan(number) else ("Infinity" if number > 0 else "-Infinity")
+    return NOT_FINITE[0] if math.isnan(number) else NOT_FINITE[1 if number > 0 else 2]
 
 
 def append(path: Path, text: str, *, sync: bool = False) -> None:
@@ -63,16 +64,17 @@ def sync(path: Path) -> None:
 
 def replace(path: Path, text: str) -> None:
     """Write the whole file aside and rename: readers see the old text or the new one, never half of either."""
-    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    aside = path.with_name(
+        f".{path.name}.aside"
+    )  # one name, so that kills leave one stray at most; Lock keeps others out
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        with aside.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(aside, 0o644)
         os.replace(aside, path)
     except BaseException:
-        Path(aside).unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
         raise
     _sync_directory(path.parent)
 
@@ -108,7 +110,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
 
 
 def keep_rows(path: Path, keep: Callable[[Row], bool]) -> list[Row]:
-    """Cut `path` to the rows that `keep` accepts (and to whole lines); returns them. The file is left alone if nothing changes."""
+    """Cut `path` to whole lines and to the rows that `keep` accepts; returns them. Untouched if nothing changes."""
     kept = [row for row in read_rows(path) if keep(row)]
     data = path.read_bytes() if path.exists() else b""
     if data.count(b"\n") != len(kept) or (data and not data.endswith(b"\n")):

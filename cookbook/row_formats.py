@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from cookbook.errors import UsageError
-from cookbook.rows import RowProblem, did_you_mean
+from cookbook.keys import did_you_mean
+from cookbook.rows import RowProblem
 
 Message = dict[str, object]
 
@@ -92,10 +93,17 @@ class Format:
             raise RowProblem("wrong columns", f"has {_names(value)}; expected {', '.join(self.columns)}")
         return self.read(value)
 
+    def describe(self, sample: Mapping[str, object]) -> str:
+        """ "sharegpt -> messages", told by a row of this format."""
+        becomes = "messages" if isinstance(sample.get(self.columns[0]), list) else self.becomes
+        return self.name if becomes == self.name else f"{self.name} -> {becomes}"
+
 
 def detect(samples: Iterable[Mapping[str, object]], columns: Mapping[str, str], where: str) -> Format:
     """The format that most of the (renamed) samples have; columns that the user named win over those merely present."""
     samples = list(samples)
+    if not samples:  # no row is readable: each will say why
+        return FORMATS[0]
     mapped = [f for f in FORMATS if any(column in columns for column in f.columns)]
     best, matches = FORMATS[0], 0
     for candidate in mapped or FORMATS:
@@ -115,7 +123,8 @@ def check_columns(columns: Mapping[str, str]) -> None:
     for standard in columns:
         if standard not in STANDARD_COLUMNS:
             known = ", ".join(STANDARD_COLUMNS)
-            raise UsageError(f"data.columns.{standard}: no such column{did_you_mean(standard, STANDARD_COLUMNS)}; known: {known}")
+            hint = did_you_mean(standard, STANDARD_COLUMNS)
+            raise UsageError(f"data.columns.{standard}: no such column{hint}; known: {known}")
 
 
 def rename(value: Mapping[str, object], columns: Mapping[str, str]) -> dict[str, object]:
@@ -147,7 +156,8 @@ def _turns(value: Mapping[str, object], column: str, roles: Mapping[str, str]) -
     turns = _decoded(value[column])
     if not isinstance(turns, list) or not turns:
         empty = turns in (None, "", [])
-        raise RowProblem("no messages", f"{column} {'is empty' if empty else f'is {type(turns).__name__}, expected a list'}")
+        seen = "empty" if empty else f"{type(turns).__name__}, expected a list"
+        raise RowProblem("no messages", f"{column} is {seen}")
     return _chat({f"{column}[{i}]": turn for i, turn in enumerate(turns)}, roles, value)
 
 
@@ -209,7 +219,8 @@ FORMATS = (
     ),
     Format("text", ("text",), _read_text, "raw text"),
 )
-STANDARD_COLUMNS = tuple(dict.fromkeys([c for f in FORMATS for c in f.columns] + ["tools", "system", "input", "history"]))
+OPTIONAL_COLUMNS = ("tools", "system", "input", "history")
+STANDARD_COLUMNS = tuple(dict.fromkeys([*(column for form in FORMATS for column in form.columns), *OPTIONAL_COLUMNS]))
 
 
 # ---- verdicts
@@ -225,7 +236,8 @@ def _chat(turns: Mapping[str, object], roles: Mapping[str, str], value: Mapping[
             del messages[first]
             fixes.append("empty system message left out")
     elif value.get("system"):  # a column of its own in some Alpaca and ShareGPT files
-        messages = {"system": {"role": "system", "content": _cell(value["system"], "system")}} | messages
+        system: Message = {"role": "system", "content": _cell(value["system"], "system")}
+        messages = {"system": system, **messages}
     _check_order(messages)
     return Chat(list(messages.values()), _tools(value.get("tools")), fixes=tuple(fixes))
 
@@ -246,14 +258,16 @@ def _check_order(messages: Mapping[str, Message]) -> None:
 
 def _message(turn: object, where: str, roles: Mapping[str, str], fixes: list[str]) -> Message:
     if not isinstance(turn, dict):
-        raise RowProblem("not a message", f'{where} is {type(turn).__name__}; a message looks like {{"role": ..., "content": ...}}')
+        like = '{"role": ..., "content": ...}'
+        raise RowProblem("not a message", f"{where} is {type(turn).__name__}; a message looks like {like}")
     given = turn.get("role", turn.get("from"))
     if "role" not in turn and "from" in turn:
         roles = SHAREGPT_ROLES
     role = roles.get(given) if isinstance(given, str) else None
     if role is None:
         raise RowProblem("unknown role", f"{where} has role {given!r}{_suggest_role(given)}")
-    message = {k: v for k, v in turn.items() if v is not None and k not in ("role", "from", "content", "value", "tool_calls")}
+    renamed = ("role", "from", "content", "value", "tool_calls")
+    message = {key: value for key, value in turn.items() if value is not None and key not in renamed}
     content = _content(turn.get("content", turn.get("value")), where)
     calls = _tool_calls(turn.get("tool_calls"), where)
     if role == "function_call":
@@ -263,14 +277,16 @@ def _message(turn: object, where: str, roles: Mapping[str, str], fixes: list[str
         fixes.append("role 'developer' read as 'system'")
     if not content.strip() and not calls and role in ("user", "assistant") and not message.get("reasoning_content"):
         raise RowProblem("empty turn", f"{where} ({role}) has no content")
-    return {"role": role, "content": content, **({"tool_calls": calls} if calls else {}), **message}
+    if calls:
+        message["tool_calls"] = calls
+    return {"role": role, "content": content, **message}
 
 
 def _suggest_role(given: object) -> str:
     if not isinstance(given, str):
         return ""
     alias = SHAREGPT_ROLES.get(given.lower())
-    return f" (did you mean {alias!r}?)" if alias in CHAT_ROLES else did_you_mean(given, CHAT_ROLES)
+    return f" (did you mean {alias}?)" if alias in CHAT_ROLES else did_you_mean(given, CHAT_ROLES)
 
 
 def _content(content: object, where: str) -> str:
@@ -309,22 +325,29 @@ def _filled(cell: object, where: str) -> str:
 def _tool_calls(calls: object, where: str) -> list[dict]:
     """OpenAI's shape with arguments as an object, which is what templates want."""
     read: list[dict] = []
-    for call in _decoded(calls) or []:
+    calls = _decoded(calls) or []
+    if not isinstance(calls, list):
+        raise RowProblem("broken tool call", f"{where}: tool_calls is {type(calls).__name__}, expected a list")
+    for call in calls:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise RowProblem("broken tool call", f"{where}: a call needs a name and arguments")
         arguments = function.get("arguments", {})
         arguments = _json(arguments, where) if isinstance(arguments, str) else arguments
         call_id = {"id": call["id"]} if call.get("id") else {}
-        read.append({**call_id, "type": "function", "function": {"name": function["name"], "arguments": arguments or {}}})
+        read.append(
+            {**call_id, "type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
+        )
     return read
 
 
 def _tools(tools: object) -> list[dict] | None:
     tools = _json(tools, "tools") if isinstance(tools, str) and tools.strip() else tools
-    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+    if not tools:
+        return None
+    if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise RowProblem("broken tools", "expected a list of JSON schemas")
-    return tools or None
+    return tools
 
 
 def _json(text: str, where: str) -> object:

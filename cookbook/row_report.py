@@ -40,7 +40,7 @@ class RowReport:
     lengths: array = field(default_factory=lambda: array("l"))  # tokens of each sequence
     trained_tokens: int = 0
     duplicate_prompts: int = 0
-    flagged: int = 0  # rows with per-message `train` or `weight`
+    flags_ignored: int = 0  # usable rows whose per-message `train` or `weight` data.train_on does not ask for
     _prompts: set[int] = field(default_factory=set, repr=False)
 
     @property
@@ -92,7 +92,8 @@ class RowReport:
             ceiling = "" if self.ok == 0 else f" (above data.max_bad={max_bad:g})"
             raise UsageError(
                 f"{self.name}: {self.rejected} of {self.total} rows unusable, {self.bad_share:.0%}{ceiling};"
-                f" most often: {reason} ({worst.count} rows, first {worst.first[0]}{detail}); `cook data check` lists them all"
+                f" most often: {reason} ({worst.count} rows, first {worst.first[0]}{detail});"
+                " `cook data check` lists them all"
             )
         if self.ok == 0:
             raise UsageError(
@@ -121,7 +122,13 @@ class RowReport:
         if len(self.used) > 1:
             lines.append("mixed: " + ", ".join(f"{name} {count:,}" for name, count in self.used.items()))
         if self.lengths:
-            lines.append(f"tokens per sequence: {lengths}; {self.trained_share:.0%} of {sum(self.lengths):,} tokens trained")
+            lines.append(
+                f"tokens per sequence: {lengths}; {self.trained_share:.0%} of {sum(self.lengths):,} tokens trained"
+            )
+        if self.flags_ignored:
+            lines.append(
+                f"{self.flags_ignored:,} rows have per-message train/weight flags; data.train_on=flags uses them"
+            )
         return lines
 
     def table(self) -> RenderableType | None:

@@ -1,15 +1,15 @@
-"""Local data files as rows that know where they come from: `my.jsonl:12`, one verdict a row instead of one failure a file."""
+"""Local data files as rows that know where they stand (`my.jsonl:12`): a bad one costs a row, not the file."""
 
 from __future__ import annotations
 
 import csv
-import difflib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from cookbook.errors import UsageError
+from cookbook.keys import did_you_mean
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv")
 PARQUET_BATCH_ROWS = 1000
@@ -46,12 +46,6 @@ def read_file(path: str | Path) -> Iterator[RawRow]:
     return _read_lines(path)
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """" (did you mean 'user'?)" or an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
 def _checked_head(path: Path) -> bytes:
     """The first 8 KB, after refusing what is no data file."""
     if path.is_dir():
@@ -60,7 +54,9 @@ def _checked_head(path: Path) -> bytes:
         raise UsageError(f"{path} is a folder; data.path wants one file{hint}")
     if path.suffix.lower() not in ENDINGS:
         exists = "" if path.exists() else " (and there is no such file)"
-        raise UsageError(f"{path}: cannot tell the format{exists}; data.path wants a file ending in {', '.join(ENDINGS)}")
+        raise UsageError(
+            f"{path}: cannot tell the format{exists}; data.path wants a file ending in {', '.join(ENDINGS)}"
+        )
     try:
         with path.open("rb") as file:
             head = file.read(8192)
@@ -136,8 +132,8 @@ def _read_json_list(path: Path) -> Iterator[RawRow]:
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
         except json.JSONDecodeError as error:
             raise UsageError(
-                f"{path.name}:{error.lineno}: broken JSON ({error.msg} at column {error.colno}) in the row that starts at"
-                f" line {line}; nothing after it in a JSON list can be read: fix it, or write one object per line (.jsonl)"
+                f"{path.name}:{error.lineno}: broken JSON ({error.msg} at column {error.colno}) in the row that starts"
+                f" at line {line}; the rest of a JSON list cannot be read: fix it, or write an object per line (.jsonl)"
             ) from None
         yield RawRow(f"{path.name}:{line}", as_object(value))
         at += text[at] == ","
@@ -165,7 +161,8 @@ def _read_csv(path: Path) -> Iterator[RawRow]:
                     yield RawRow(f"{path.name}:{start}", _csv_row(header, record))
                 start = records.line_num + 1
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text (byte {error.object[error.start]:#04x}); save it as UTF-8") from None
+        seen = f"byte {error.object[error.start]:#04x}"
+        raise UsageError(f"{path} is not UTF-8 text ({seen}); save it as UTF-8") from None
     except csv.Error as error:
         raise UsageError(f"{path.name}:{start}: broken CSV ({error})") from None
 

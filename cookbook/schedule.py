@@ -14,9 +14,9 @@ RECIPE_FACTORS = {"sft": 1.0, "rl": 0.15, "dpo": 0.05}
 
 
 def learning_rate_at(step: int, total_steps: int, peak: float, optim: OptimConfig) -> float:
-    """Learning rate of step 0, 1, ..., total_steps - 1: warm-up to `peak`, then down to peak * min_ratio at `total_steps`.
+    """Learning rate of step 0 ... total_steps - 1: warm-up to `peak`, then down to peak * min_ratio at `total_steps`.
 
-    The warm-up starts at peak / warmup_steps, not at 0: a first step that moves nothing would be wasted. It ends with the run at the latest.
+    The warm-up starts at peak / warmup_steps, not at 0: a first step that moves nothing would be wasted.
     """
     if optim.schedule not in SCHEDULES:
         near = difflib.get_close_matches(optim.schedule, SCHEDULES, n=1)
@@ -35,8 +35,8 @@ def learning_rate_at(step: int, total_steps: int, peak: float, optim: OptimConfi
 def default_learning_rate(hidden_size: int, model_type: str, recipe: Literal["sft", "rl", "dpo"]) -> float:
     """Peak rate for a LoRA on a model of this width: 5e-5 * 10 * (2000 / hidden_size)^p, less for RL and DPO.
 
-    A LoRA wants about ten times the rate of full fine-tuning, whatever its rank; the exponent is a fit over model families
-    (Schulman & Thinking Machines, "LoRA Without Regret", 2025). `model_type` is the one of the HF config.
+    A LoRA wants about ten times the rate of full fine-tuning, whatever its rank; the exponent is a fit over model
+    families (Schulman & Thinking Machines, "LoRA Without Regret", 2025). `model_type` is the one of the HF config.
     """
     exponent = 0.0775 if model_type.lower().startswith("qwen") else 0.781
     return 5e-5 * 10 * (2000 / hidden_size) ** exponent * RECIPE_FACTORS[recipe]

@@ -1,4 +1,4 @@
-"""Weights & Biases, when asked for. Another backend is another class with these three members and a line in `connect_tracker`."""
+"""Weights & Biases, when asked for. Another backend is another class with the members of Tracker."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Tracker(Protocol):
 
 
 class NoTracker:
-    id = None
+    id: str | None = None
 
     def log(self, row: Mapping[str, float]) -> None:
         pass
@@ -34,12 +34,16 @@ class NoTracker:
 
 
 class WandbTracker:
-    def __init__(self, log: LogConfig, *, run_dir: Path, name: str, config: dict, run_id: str | None, group: str | None) -> None:
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # wandb-core would report its own crashes home, offline too
+    def __init__(
+        self, log: LogConfig, *, run_dir: Path, name: str, config: dict, run_id: str | None, group: str | None
+    ) -> None:
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else it sends its own crashes home, offline too
         import wandb
+        import wandb.errors
 
         if log.wandb == "online" and not wandb.login(prompt=False):
-            raise UsageError("log.wandb=online needs a W&B login: run `wandb login` (or set WANDB_API_KEY), or use log.wandb=offline")
+            advice = "run `wandb login` (or set WANDB_API_KEY), or use log.wandb=offline"
+            raise UsageError(f"log.wandb=online, but there is no W&B login: {advice}")
         try:
             self._run = wandb.init(
                 project=log.wandb_project,
@@ -51,15 +55,16 @@ class WandbTracker:
                 dir=run_dir,
                 mode="online" if log.wandb == "online" else "offline",
                 reinit="create_new",  # jobs of a sweep may be threads of one process
-                settings=wandb.Settings(console="off", silent=True),  # console.log is ours; its banners would cut the progress bar
+                settings=wandb.Settings(console="off", silent=True),  # banners would cut the progress bar
             )
         except wandb.errors.Error as error:
             reason = " ".join(str(error).split())
-            raise UsageError(f"W&B refused the run ({reason}): check network and login, or use log.wandb=offline") from error
+            advice = "check network and login, or use log.wandb=offline"
+            raise UsageError(f"W&B refused the run ({reason}): {advice}") from error
         self.id: str | None = self._run.id
         self.url: str | None = self._run.url
         self._run.define_metric("progress/step")
-        self._run.define_metric("*", step_metric="progress/step")  # W&B's own counter counts log() calls, also of repeated steps
+        self._run.define_metric("*", step_metric="progress/step")  # its own axis counts log() calls
 
     def log(self, row: Mapping[str, float]) -> None:
         self._run.log(dict(row))
@@ -71,7 +76,10 @@ class WandbTracker:
 def connect_tracker(
     log: LogConfig, *, run_dir: Path, name: str, config: dict, run_id: str | None = None, group: str | None = None
 ) -> Tracker:
-    """The tracker that `log.wandb` asks for; nothing is imported or sent for `off`. `config` is a plain nested dict, `run_id` the run to go on with."""
+    """The tracker that `log.wandb` asks for; for `off` nothing is imported or sent.
+
+    `config` is a plain nested dict, `run_id` the tracked run to go on with, `group` the sweep.
+    """
     if log.wandb not in MODES:
         raise UsageError(f"log.wandb={log.wandb} is unknown: it is one of {', '.join(MODES)}")
     if log.wandb == "off":

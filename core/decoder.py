@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from core.attention import Heads, attend, make_layout
 from core.fused import AttentionInput, AttentionOutput, Batch, Layer, Linear, Mlp, Norm, normalise, normalise_backward, rms
-from core.head import UNEMBED, GradientOf, Head, Part, run_head
-from core.lora import Matrix, Segment, Site
+from core.head import UNEMBED, Head, Part, run_head
+from core.lora import Geometry, Matrix, Segment, Site
+from core.objective import Objective
 
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -152,13 +153,21 @@ class Decoder:
         h, _, _ = self._head_input(self.backbone(rows), rows)
         return run_head(self.head, h, rows.targets, self._parts(rows), None)[0]
 
-    def train(self, rows: Rows, gradient_of: GradientOf, recompute: bool = False) -> torch.Tensor:
-        """Forward and backward; gradients go to the segments' `grad`. Returns the logprobs [n, K] fp32."""
+    def train(self, rows: Rows, objective: Objective, recompute: bool = False) -> torch.Tensor:
+        """Forward and backward; gradients go to the segments' `grad`. Returns the logprobs [n, K] fp32.
+
+        `recompute` keeps only each layer's input and runs the layer again in backward.
+        """
         with torch.enable_grad():
             x = self.backbone(rows, recompute)
         with torch.no_grad():
             h, selected, inverse = self._head_input(x.detach(), rows)
-            logprobs, dh = run_head(self.head, h, rows.targets, self._parts(rows), gradient_of)
+            parts, gradient_of = self._parts(rows), objective.gradient
+            if not objective.per_token:
+                logprobs, _ = run_head(self.head, h, rows.targets, parts, None)
+                gradient = objective.gradient(slice(0, len(logprobs)), logprobs)
+                gradient_of = lambda chunk, _: gradient[chunk]  # noqa: E731
+            logprobs, dh = run_head(self.head, h, rows.targets, parts, gradient_of)
             assert dh is not None
             dx = normalise_backward(dh, selected, inverse, self.final_norm)
             if rows.selected is not None:
@@ -174,8 +183,6 @@ class Decoder:
     def _parts(self, rows: Rows) -> list[Part]:
         if rows.parts:
             return rows.parts
-        from core.lora import Geometry
-
         none = Segment(0, len(rows.tokens), Geometry({}, 0), rows.tokens.new_empty(0, 0), 1.0, None)
         return [Part(slice(0, len(rows.targets)), none, 1.0)]
 

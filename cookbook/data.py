@@ -1,0 +1,366 @@
+"""Rows become batches of Datum: read, judged, rendered, split and ordered; a batch is addressed by its step."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from abc import ABC, abstractmethod
+from array import array
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from cookbook.config import DataConfig
+from cookbook.errors import UsageError
+from cookbook.keys import did_you_mean
+from cookbook.row_formats import Chat, Completion, Row, detect, rename
+from cookbook.row_report import RowReport
+from cookbook.rows import RawRow, RowProblem
+from cookbook.sources import Source, open_sources
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from core.datum import Datum, ModelInput
+
+DETECT_ROWS = 32  # looked at to find the format of a source
+SHUFFLE_ROWS = 1000  # sequences in the shuffle buffer of a stream
+HELD_OUT_SHARE = 0.2  # of the rows, at most
+KEPT_BATCHES = 8  # of a stream, for `rows_of` after a later batch was asked for
+TRAIN_ON = ("last", "all", "everything", "flags")
+OVERLONG = ("drop", "truncate", "error")
+
+Example = tuple["ModelInput", list[float]]  # tokens and, for each, its weight as a target
+
+
+class ExampleRenderer(Protocol):
+    """The part of cookbook.renderers.Renderer that data needs. ValueError: this row cannot be rendered."""
+
+    def build_supervised_examples(
+        self, messages: list[dict], train_on: str = "all", tools: list[dict] | None = None
+    ) -> list[Example]: ...
+
+    def build_completion_example(self, prompt: str, completion: str) -> Example: ...
+
+    def build_text_example(self, text: str) -> Example: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSequence:
+    """One training sequence, compact: 8 bytes a token."""
+
+    label: str  # of its row
+    tokens: array  # int32 [N]
+    weights: array  # float32 [N], of each token as a target
+
+    def datum(self) -> Datum:
+        from cookbook.renderers import datum_from
+        from core.datum import ModelInput
+
+        return datum_from(ModelInput.from_ints(self.tokens.tolist()), self.weights.tolist())
+
+
+TokenRow = list[TokenSequence]  # usually one; one per reply where the template rewrites history
+
+
+class SupervisedData(ABC):
+    """Training batches addressable by step, and held-out data that never occurs in them."""
+
+    report: RowReport
+    held_out: list[Datum]
+    num_rows: int | None  # training sequences; None for a stream
+    epoch_steps: int | None  # full batches per pass; None for a stream
+
+    @abstractmethod
+    def sequences(self, step: int) -> Sequence[TokenSequence]:
+        """The batch of a step, `batch_size` sequences; the same for the same step, whatever was asked before."""
+
+    def batch(self, step: int) -> list[Datum]:
+        return [sequence.datum() for sequence in self.sequences(step)]
+
+    def rows_of(self, step: int) -> list[str]:
+        """Where the rows of a batch stand: "my.jsonl:12" or "no_robots[7]"."""
+        return [sequence.label for sequence in self.sequences(step)]
+
+
+class StoredData(SupervisedData):
+    """All rows tokenised in memory; each epoch is a seeded permutation, its incomplete last batch is left out."""
+
+    def __init__(self, rows: list[TokenRow], report: RowReport, *, seed: int, batch_size: int, eval_rows: int) -> None:
+        train, held_out = split_rows(rows, seed, eval_rows)
+        self.report = report
+        self.held_out = [sequence.datum() for row in held_out for sequence in row]
+        self._train = [sequence for row in train for sequence in row]
+        self._seed, self._batch_size = seed, batch_size
+        self._orders: OrderedDict[int, list[int]] = OrderedDict()
+        self.num_rows = len(self._train)
+        self.epoch_steps = self.num_rows // batch_size
+        if self.epoch_steps == 0:
+            held = f" ({len(held_out)} more are held out)" if held_out else ""
+            raise UsageError(
+                f"{report.name}: {self.num_rows} training rows{held} are fewer than batch_size={batch_size};"
+                " lower batch_size, or bring more rows"
+            )
+
+    def sequences(self, step: int) -> Sequence[TokenSequence]:
+        assert self.epoch_steps
+        epoch, position = divmod(step, self.epoch_steps)
+        start = position * self._batch_size
+        return [self._train[i] for i in self._order(epoch)[start : start + self._batch_size]]
+
+    def _order(self, epoch: int) -> list[int]:
+        if epoch not in self._orders:
+            order = list(range(len(self._train)))
+            random.Random(f"order {self._seed} {epoch}").shuffle(order)
+            self._orders[epoch] = order
+            if len(self._orders) > 2:  # the next batch is asked for before the last one of an epoch is done with
+                self._orders.popitem(last=False)
+        return self._orders[epoch]
+
+
+class StreamedData(SupervisedData):
+    """Rows read as training goes, shuffled in a buffer; after its end a source is read again in another order.
+
+    The first `eval_rows` usable rows are held out. A step out of turn (a resume) reads from the start and skips.
+    `report` speaks of the rows read so far on the first pass.
+    """
+
+    num_rows = None
+    epoch_steps = None
+
+    def __init__(
+        self,
+        read: Callable[[RowReport], Iterator[TokenRow]],
+        name: str,
+        *,
+        seed: int,
+        batch_size: int,
+        config: DataConfig,
+    ) -> None:
+        self._read, self._seed, self._batch_size, self._eval_rows = read, seed, batch_size, config.eval_rows
+        self.report = RowReport(name)
+        first = list(itertools.islice(read(self.report), config.eval_rows + batch_size))
+        self.report.refuse_bad(config.max_bad)
+        if len(first) < config.eval_rows + batch_size:
+            raise UsageError(
+                f"{name}: the stream ends after {len(first)} usable rows, fewer than data.eval_rows={config.eval_rows}"
+                f" and one batch of {batch_size}; set data.streaming=false"
+            )
+        self.held_out = [sequence.datum() for row in first[: config.eval_rows] for sequence in row]
+        self._restart()
+
+    def _restart(self) -> None:
+        self._batches: OrderedDict[int, list[TokenSequence]] = OrderedDict()
+        self._next_step, self._stream = 0, self._sequences_forever()
+
+    def sequences(self, step: int) -> Sequence[TokenSequence]:
+        if step not in self._batches and step < self._next_step:
+            self._restart()
+        while step not in self._batches:
+            self._batches[self._next_step] = list(itertools.islice(self._stream, self._batch_size))
+            self._next_step += 1
+            if len(self._batches) > KEPT_BATCHES:
+                self._batches.popitem(last=False)
+        return self._batches[step]
+
+    def _sequences_forever(self) -> Iterator[TokenSequence]:
+        for epoch in itertools.count():
+            report = RowReport(self.report.name)
+            if epoch == 0:
+                self.report = report
+            rows = itertools.islice(self._read(report), self._eval_rows, None)
+            rng = random.Random(f"stream {self._seed} {epoch}")
+            sequences = shuffled((sequence for row in rows for sequence in row), SHUFFLE_ROWS, rng)
+            first = next(sequences, None)
+            if first is None:
+                raise UsageError(
+                    f"{self.report.name}: the stream has no rows to train on any more; did the file change?"
+                )
+            yield first
+            yield from sequences
+
+
+def load_supervised(
+    config: DataConfig,
+    renderer: ExampleRenderer,
+    *,
+    seed: int,
+    batch_size: int,
+    max_length: int,
+    console: Console | None = None,
+) -> SupervisedData:
+    """Read, judge, render and split the rows of `config`. UsageError when there is nothing sound to train on.
+
+    `max_length` is in tokens per sequence; `console` gets a few lines on what was found.
+    """
+    read, name = prepare(config, renderer, max_length)
+    if batch_size < 1 or config.eval_rows < 0:
+        raise UsageError(f"batch_size={batch_size} must be at least 1, data.eval_rows={config.eval_rows} at least 0")
+    if config.streaming:
+        data: SupervisedData = StreamedData(read, name, seed=seed, batch_size=batch_size, config=config)
+        lines = [*data.report.detected, f"streaming {name}: the first {config.eval_rows} rows are held out"]
+    else:
+        report = RowReport(name)
+        rows = list(read(report))
+        report.refuse_bad(config.max_bad)
+        data = StoredData(rows, report, seed=seed, batch_size=batch_size, eval_rows=config.eval_rows)
+        split = f"{data.num_rows:,} sequences to train on, {len(data.held_out):,} held out"
+        lines = [*report.lines(), f"{split}, {data.epoch_steps:,} steps per epoch"]
+    if console is not None:
+        for line in lines:
+            console.print(line, markup=False, highlight=False)
+        if (table := data.report.table()) is not None:
+            console.print(table)
+    return data
+
+
+def prepare(
+    config: DataConfig, renderer: ExampleRenderer, max_length: int
+) -> tuple[Callable[[RowReport], Iterator[TokenRow]], str]:
+    """A function that reads the usable rows from the start, telling a report about each row, and the data's name."""
+    for key, value, known in (("train_on", config.train_on, TRAIN_ON), ("overlong", config.overlong, OVERLONG)):
+        if value not in known:
+            raise UsageError(f"data.{key}={value}: expected {', '.join(known)}{did_you_mean(value, known)}")
+    if max_length < 2:
+        raise UsageError(f"max_length={max_length}: a sequence needs at least 2 tokens")
+    sources = open_sources(config)
+    name = sources[0].name if len(sources) == 1 else "mixture of " + ", ".join(source.name for source in sources)
+
+    def read(report: RowReport) -> Iterator[TokenRow]:
+        report.name = name
+        streams = [usable_rows(source, renderer, config, max_length, report) for source in sources]
+        return itertools.islice(interleave(streams, [source.weight for source in sources]), config.limit)
+
+    return read, name
+
+
+def usable_rows(
+    source: Source, renderer: ExampleRenderer, config: DataConfig, max_length: int, report: RowReport
+) -> Iterator[TokenRow]:
+    """The rows of one source that can be trained on; all others are told to the report."""
+    raw_rows = source.rows()
+    head = list(itertools.islice(raw_rows, DETECT_ROWS))
+    if not head:
+        raise UsageError(f"{source.name} holds no rows")
+    samples = [value for raw in head if isinstance(value := _renamed(raw, source), dict)]
+    form = detect(samples, source.columns, source.name)
+    if samples:
+        report.detected.append(f"{source.name}, detected: {form.describe(samples[0])}")
+    report.used.setdefault(source.name, 0)
+    accepted = 0
+    for raw in itertools.chain(head, raw_rows):
+        if accepted == source.limit:
+            return
+        try:
+            value = _renamed(raw, source)
+            if isinstance(value, RowProblem):
+                raise value
+            row = form.read_row(value)
+            sequences = _token_sequences(
+                raw.label, row, _examples(row, renderer, config.train_on), config, max_length, report
+            )
+        except RowProblem as problem:
+            report.reject(raw.label, problem)
+            continue
+        if sequences:
+            accepted += 1
+            report.used[source.name] += 1
+            report.flags_ignored += isinstance(row, Chat) and row.flagged and config.train_on != "flags"
+            yield sequences
+
+
+def _renamed(raw: RawRow, source: Source) -> dict[str, object] | RowProblem:
+    if isinstance(raw.value, RowProblem) or not source.columns:
+        return raw.value
+    try:
+        return rename(raw.value, source.columns)
+    except RowProblem as problem:
+        return problem
+
+
+def _examples(row: Row, renderer: ExampleRenderer, train_on: str) -> list[Example]:
+    try:
+        if isinstance(row, Chat):
+            messages = row.messages
+            if (
+                row.completion_from and train_on == "all"
+            ):  # as with raw text: the completion is trained, not its history
+                flags = [i >= row.completion_from for i in range(len(messages))]
+                messages = [{**m, "train": flag} for m, flag in zip(messages, flags, strict=True)]
+                train_on = "flags"
+            return renderer.build_supervised_examples(messages, train_on, row.tools)
+        if isinstance(row, Completion):
+            return [renderer.build_completion_example(row.prompt, row.completion)]
+        return [renderer.build_text_example(row.text)]
+    except ValueError as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = "no trained tokens" if "no trained tokens" in first_line else "cannot be rendered"
+        raise RowProblem(reason, first_line) from error
+
+
+def _token_sequences(
+    label: str, row: Row, examples: list[Example], config: DataConfig, max_length: int, report: RowReport
+) -> TokenRow:
+    """The sequences of a row after the policy for overlong ones; empty when it was dropped by that policy."""
+    if not examples:
+        raise RowProblem("no trained tokens")
+    fixes, kept = list(row.fixes), []
+    longest = max(model_input.length for model_input, _ in examples)
+    if longest > max_length and config.overlong == "error":
+        raise UsageError(
+            f"{label}: {longest} tokens, max_length={max_length} and data.overlong=error;"
+            " raise max_length, or set data.overlong=drop or truncate"
+        )
+    for model_input, weights in examples:
+        if model_input.length <= max_length or config.overlong == "truncate":
+            tokens = array("i", model_input.to_ints()[:max_length])
+            kept.append(TokenSequence(label, tokens, array("f", weights[:max_length])))
+    if not kept:
+        report.drop_overlong(label, longest, max_length)
+        return []
+    if longest > max_length:
+        fixes.append(
+            f"cut to max_length={max_length}" if config.overlong == "truncate" else f"a part over {max_length} left out"
+        )
+    kept = [sequence for sequence in kept if any(sequence.weights[1:])]  # nothing predicts the first token
+    if not kept:
+        raise RowProblem("no trained tokens", f"none in the first {max_length} tokens" if longest > max_length else "")
+    report.accept(label, tuple(fixes), row.prompt)
+    for sequence in kept:
+        report.measure(len(sequence.tokens), sum(weight > 0 for weight in sequence.weights[1:]))
+    return kept
+
+
+def split_rows(rows: list[TokenRow], seed: int, eval_rows: int) -> tuple[list[TokenRow], list[TokenRow]]:
+    """(train, held out): the last `eval_rows` of the seed-shuffled rows, at most a fifth; repeated rows stay."""
+    order = list(range(len(rows)))
+    random.Random(f"held out {seed}").shuffle(order)
+    contents = [hash(tuple(sequence.tokens.tobytes() for sequence in row)) for row in rows]
+    times = Counter(contents)
+    wanted = min(eval_rows, int(HELD_OUT_SHARE * len(rows)))
+    held = set(itertools.islice((i for i in reversed(order) if times[contents[i]] == 1), wanted))
+    return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in order if i in held]
+
+
+def interleave(streams: Sequence[Iterator[TokenRow]], weights: Sequence[float]) -> Iterator[TokenRow]:
+    """Always the stream that is furthest behind its share; ends with the first stream, so no row is used twice."""
+    taken = [0] * len(streams)
+    while True:
+        behind = min(range(len(streams)), key=lambda i: (taken[i] + 0.5) / weights[i])
+        row = next(streams[behind], None)
+        if row is None:
+            return
+        taken[behind] += 1
+        yield row
+
+
+def shuffled(items: Iterator[TokenSequence], buffer_size: int, rng: random.Random) -> Iterator[TokenSequence]:
+    """Each item once, in an order mixed over `buffer_size` neighbours."""
+    buffer = list(itertools.islice(items, buffer_size))
+    for item in items:
+        at = rng.randrange(len(buffer))
+        yield buffer[at]
+        buffer[at] = item
+    rng.shuffle(buffer)
+    yield from buffer

@@ -1,0 +1,120 @@
+"""`cook data check` and `cook data show`: what a run would train on, before it does."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import TYPE_CHECKING, Protocol
+
+from cookbook.config import DataConfig, ModelConfig
+from cookbook.data import StoredData, TokenSequence, prepare
+from cookbook.errors import UsageError
+from cookbook.row_report import RowReport
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+    from cookbook.renderers import Renderer
+
+STREAM_ROWS = 1000  # of a stream are checked
+TRAINED_STYLE = "bold green"
+
+
+class RecipeConfig(Protocol):
+    """The keys of a recipe's Config that data needs."""
+
+    seed: int
+    batch_size: int
+    max_length: int
+    model: ModelConfig
+    data: DataConfig
+
+
+def check(config: RecipeConfig, console: Console) -> int:
+    """Read all rows and print what was found. Exit code: 0, or 2 when a run would refuse to start on them."""
+    return check_rows(config, _renderer(config), console)
+
+
+def show(config: RecipeConfig, rows: int, console: Console) -> None:
+    """Print the first `rows` usable rows as the model sees them, trained tokens coloured (or in [[brackets]])."""
+    show_rows(config, _renderer(config), rows, console)
+
+
+def _renderer(config: RecipeConfig) -> Renderer:
+    from cookbook.renderers import load_renderer
+
+    return load_renderer(config.model)
+
+
+def check_rows(config: RecipeConfig, renderer: Renderer, console: Console) -> int:
+    data = config.data
+    if data.overlong == "error":  # a check counts them all
+        data = dataclasses.replace(data, overlong="drop")
+    if data.streaming and data.limit is None:
+        data = dataclasses.replace(data, limit=STREAM_ROWS)
+        console.print(f"streaming: checking the first {STREAM_ROWS:,} usable rows", highlight=False)
+    read, name = prepare(data, renderer, config.max_length)
+    report = RowReport(name)
+    found = list(read(report))
+    for line in report.lines():
+        console.print(line, markup=False, highlight=False)
+    if report.duplicate_prompts:
+        console.print(
+            f"duplicate prompts: {report.duplicate_prompts:,} rows ask what an earlier row asks", highlight=False
+        )
+    if (table := report.table()) is not None:
+        console.print(table)
+    try:
+        report.refuse_bad(data.max_bad)
+        if config.data.overlong == "error" and report.overlong:
+            raise UsageError(
+                f"{report.overlong} rows are longer than max_length={config.max_length} and data.overlong=error;"
+                " raise max_length, or set data.overlong=drop or truncate"
+            )
+        split = StoredData(found, report, seed=config.seed, batch_size=config.batch_size, eval_rows=data.eval_rows)
+    except UsageError as error:
+        console.print(f"a run would refuse: {error}", style="red", markup=False, highlight=False)
+        return 2
+    steps = f"{split.epoch_steps:,} steps of {config.batch_size} per epoch"
+    console.print(f"fine: {split.num_rows:,} to train on, {len(split.held_out):,} held out, {steps}", highlight=False)
+    return 0
+
+
+def show_rows(config: RecipeConfig, renderer: Renderer, rows: int, console: Console) -> None:
+    from rich.text import Text
+
+    read, name = prepare(config.data, renderer, config.max_length)
+    report = RowReport(name)
+    shown = list(itertools.islice(read(report), rows))
+    for line in report.detected:
+        console.print(line, markup=False, highlight=False)
+    coloured = console.color_system is not None
+    for sequence in itertools.chain.from_iterable(shown):
+        trained = _trained(sequence)
+        share = sum(trained) / len(trained)
+        head = f"{sequence.label}: {len(trained):,} tokens, {sum(trained):,} trained ({share:.0%})"
+        console.rule(Text(head), align="left")
+        console.print(_marked(sequence, trained, renderer, coloured), soft_wrap=True)
+    if not shown:
+        report.refuse_bad(config.data.max_bad)
+    mark = Text("coloured", style=TRAINED_STYLE) if coloured else Text("[[in brackets]]")
+    console.print(Text.assemble("trained tokens are ", mark), highlight=False)
+
+
+def _trained(sequence: TokenSequence) -> list[bool]:
+    """Per token; the first is never trained, nothing comes before it."""
+    return [i > 0 and weight > 0 for i, weight in enumerate(sequence.weights)]
+
+
+def _marked(sequence: TokenSequence, trained: list[bool], renderer: Renderer, coloured: bool) -> Text:
+    """The decoded text; runs of one kind are decoded together, so that characters of several tokens stay whole."""
+    from rich.text import Text
+
+    text = Text()
+    for is_trained, run in itertools.groupby(zip(sequence.tokens, trained, strict=True), key=lambda pair: pair[1]):
+        decoded = renderer.tokenizer.decode([token for token, _ in run], skip_special_tokens=False)
+        if is_trained and not coloured:
+            decoded = f"[[{decoded}]]"
+        text.append(decoded, style=TRAINED_STYLE if is_trained else "")
+    return text

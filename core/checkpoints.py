@@ -1,0 +1,190 @@
+"""Adapters on disk: PEFT's two files, the optimizer's moments and a state.json; written aside, synced, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from core.datum import LoraConfig
+from core.lora import ALPHA, Adapter
+
+FORMAT = 1
+KINDS = ("weights", "sampler_weights", "external_weights")
+_PREFIX = "base_model.model."
+
+
+class DamagedCheckpoint(ValueError):
+    """Files are missing or unreadable."""
+
+
+def resolve(path: str | Path, store: Path) -> Path:
+    """The directory of a tinker://<training_run_id>/<kind>/<name> URI in `store`, or of a directory given as such."""
+    text = str(path)
+    if not text.startswith("tinker://"):
+        directory = Path(text).expanduser()
+        if not directory.is_dir():
+            raise ValueError(f"no checkpoint directory at {directory}")
+        return directory
+    parts = text.removeprefix("tinker://").split("/")
+    if len(parts) != 3 or parts[1] not in KINDS or any(not p or p.startswith(".") for p in parts):
+        raise ValueError(f"'{text}' is not of the form tinker://<training_run_id>/<{'|'.join(KINDS)}>/<name>")
+    directory = store.joinpath(*parts)
+    if not directory.is_dir():
+        raise ValueError(f"no checkpoint {text} in {store}")
+    return directory
+
+
+def check_name(name: str) -> None:
+    if not name or name.startswith(".") or "/" in name or "\\" in name or "\0" in name:
+        raise ValueError(f"checkpoint name {name!r} must be one path segment that does not start with a dot")
+
+
+def write_atomically(target: Path, fill: Callable[[Path], None]) -> None:
+    """`fill` a directory beside `target`, sync it, rename it; on any error nothing is left behind."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        aside.chmod(0o755)
+        fill(aside)
+        for file in [*aside.iterdir(), aside]:
+            _sync(file)
+        if target.exists():
+            shutil.rmtree(target)
+        aside.rename(target)
+        _sync(target.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save(adapter: Adapter, target: Path, base_model: str, base_fingerprint: str) -> None:
+    """weights/<name>: adapter_config.json, adapter_model.safetensors, optimizer.safetensors, state.json."""
+
+    def fill(directory: Path) -> None:
+        write_peft(adapter, directory, base_model)
+        moments = {"exp_avg": adapter.exp_avg, "exp_avg_sq": adapter.exp_avg_sq}
+        if adapter.has_grad:
+            moments["grad"] = adapter.grad
+        save_file(moments, directory / "optimizer.safetensors")
+        state = {
+            "format": FORMAT,
+            "step": adapter.step,
+            "lora": asdict(adapter.config),
+            "base_model": base_model,
+            "base_fingerprint": base_fingerprint,
+        }
+        (directory / "state.json").write_text(json.dumps(state, indent=2))
+
+    write_atomically(target, fill)
+
+
+def write_peft(adapter: Adapter, directory: Path, base_model: str) -> None:
+    """The files that `PeftModel.from_pretrained` reads as they are."""
+    tensors, modules = {}, set()
+    for name, a, b in adapter.factors():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = a.contiguous()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = b.contiguous()
+        modules.add(name.rsplit(".", 1)[-1])
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": adapter.config.rank,
+        "lora_alpha": int(ALPHA),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(modules),
+        "inference_mode": True,
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2))
+
+
+def read_state(directory: Path) -> dict:
+    """state.json, checked for our format. Raises DamagedCheckpoint."""
+    try:
+        state = json.loads((directory / "state.json").read_text())
+        if state["format"] != FORMAT:
+            raise ValueError(f"{directory} has checkpoint format {state['format']}, this version reads {FORMAT}")
+        state["lora"] = LoraConfig(**state["lora"])
+        return state
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise DamagedCheckpoint(f"checkpoint {directory} is damaged: state.json: {error}") from error
+
+
+def read_lora_config(directory: Path) -> LoraConfig:
+    """The geometry of a checkpoint of ours, or of a PEFT adapter directory with alpha 32."""
+    if (directory / "state.json").exists():
+        return read_state(directory)["lora"]
+    try:
+        config = json.loads((directory / "adapter_config.json").read_text())
+        rank, alpha, modules = config["r"], config["lora_alpha"], set(config["target_modules"])
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise DamagedCheckpoint(f"{directory} is no adapter directory: adapter_config.json: {error}") from error
+    if alpha != ALPHA or config.get("use_rslora") or config.get("rank_pattern") or config.get("alpha_pattern"):
+        raise ValueError(f"{directory}: lora_alpha={alpha} (scaled per module or not); this engine needs plain lora_alpha=32")
+    kinds = ({"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}, {"lm_head"})
+    attn, mlp, unembed = (bool(modules & kind) for kind in kinds)
+    return LoraConfig(rank=rank, train_attn=attn, train_mlp=mlp, train_unembed=unembed)
+
+
+def load(adapter: Adapter, directory: Path, base_model: str, base_fingerprint: str, with_optimizer: bool) -> None:
+    """Fill `adapter`, which must have the checkpoint's geometry. Raises DamagedCheckpoint, or ValueError with both sides."""
+    ours = (directory / "state.json").exists()
+    if ours:
+        state = read_state(directory)
+        if state["base_fingerprint"] != base_fingerprint:
+            raise ValueError(
+                f"checkpoint {directory} was trained on {state['base_model']} ({state['base_fingerprint']}),"
+                f" this engine holds {base_model} ({base_fingerprint})"
+            )
+    elif with_optimizer:
+        raise ValueError(f"{directory} has no optimizer state (no state.json): load its weights alone")
+    tensors = _read(directory / "adapter_model.safetensors")
+    expected = {f"{_PREFIX}{name}.lora_{x}.weight" for name, _, _ in adapter.factors() for x in "AB"}
+    if set(tensors) != expected:
+        odd = sorted(set(tensors) ^ expected)
+        raise ValueError(f"checkpoint {directory} and this adapter differ in {len(odd)} tensors, first {odd[0]}")
+    for name, a, b in adapter.factors():
+        for view, key in ((a, "A"), (b, "B")):
+            tensor = tensors[f"{_PREFIX}{name}.lora_{key}.weight"]
+            if tensor.shape != view.shape:
+                raise ValueError(f"checkpoint {directory}: {name} lora_{key} is {list(tensor.shape)}, this adapter has {list(view.shape)}")
+            view.copy_(tensor)
+    adapter.version += 1
+    if with_optimizer:
+        moments = _read(directory / "optimizer.safetensors")
+        try:
+            adapter.exp_avg.copy_(moments["exp_avg"])
+            adapter.exp_avg_sq.copy_(moments["exp_avg_sq"])
+        except (KeyError, RuntimeError) as error:
+            raise DamagedCheckpoint(f"checkpoint {directory} is damaged: optimizer.safetensors: {error}") from error
+        if "grad" in moments:
+            adapter.grad.copy_(moments["grad"])
+            adapter.has_grad = True
+        adapter.step = state["step"]
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(file, framework="pt") as reader:
+            return {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118
+    except Exception as error:  # safetensors raises its own, OSError or a Rust panic's RuntimeError
+        raise DamagedCheckpoint(f"checkpoint {file.parent} is damaged: {file.name}: {error}") from error

@@ -1,0 +1,205 @@
+"""The four primitives as a recipe sees them: a service, training clients, futures. In process, always."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import secrets
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from core import checkpoints
+from core.datum import AdamParams, Datum, ForwardBackwardOutput, LoraConfig, OptimStepOutput, SaveOutput
+from core.door import check_config, check_custom, check_data
+from core.engine import Call, CustomLoss, Engine, EngineOptions, PassRequest
+from core.futures import Future
+from core.lora import Adapter
+
+_engines: dict[tuple, tuple[Engine, int]] = {}  # (base model, dtype, device) -> engine and its number of clients
+_engines_lock = threading.Lock()
+
+
+@atexit.register
+def _stop_engines() -> None:
+    """A thread inside torch while the interpreter is torn down aborts the process: wait for it."""
+    for engine, _ in list(_engines.values()):
+        engine.drop_queue()
+
+
+def _acquire(base_model: str, options: EngineOptions) -> tuple[tuple, Engine]:
+    key = (base_model, *options.resolve())
+    with _engines_lock:  # held while loading: a second client of the same base waits for the first one's engine
+        engine, count = _engines.get(key) or (Engine(base_model, options), 0)
+        _engines[key] = (engine, count + 1)
+    return key, engine
+
+
+def _release(key: tuple, engine: Engine, tenant, adapter: Adapter) -> None:
+    engine.leave(tenant, adapter)
+    with _engines_lock:
+        _, count = _engines[key]
+        if count == 1:
+            del _engines[key]
+            engine.stop()
+        else:
+            _engines[key] = (engine, count - 1)
+
+
+class ServiceClient:
+    """Where training clients come from. `store` is the directory of their checkpoints."""
+
+    def __init__(self, store: str | Path = "checkpoints", options: EngineOptions | None = None) -> None:
+        self.store = Path(store)
+        self.options = options or EngineOptions()
+        self._unique = secrets.token_hex(4)
+        self._count = 0
+        self._lock = threading.Lock()
+
+    def create_lora_training_client(
+        self, base_model: str, rank: int = 32, seed: int = 0,
+        train_mlp: bool = True, train_attn: bool = True, train_unembed: bool = True,
+    ) -> Future[TrainingClient]:  # fmt: skip
+        """A new adapter, equal to the base model (B = 0). Loading the base happens in the background."""
+        config = LoraConfig(rank, seed, train_unembed, train_mlp, train_attn)
+        return self._in_background(lambda: TrainingClient(self, base_model, config))
+
+    def create_training_client_from_state(self, path: str | Path, base_model: str | None = None) -> Future[TrainingClient]:
+        """The weights of a checkpoint (URI or directory) with fresh moments."""
+        return self._in_background(lambda: self._restore(path, base_model, with_optimizer=False))
+
+    def create_training_client_from_state_with_optimizer(self, path: str | Path) -> Future[TrainingClient]:
+        """A checkpoint as it was saved: weights, moments, step count and any accumulated gradient."""
+        return self._in_background(lambda: self._restore(path, None, with_optimizer=True))
+
+    def _restore(self, path: str | Path, base_model: str | None, with_optimizer: bool) -> TrainingClient:
+        directory = checkpoints.resolve(path, self.store)
+        config = checkpoints.read_lora_config(directory)
+        if base_model is None:
+            base_model = json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"]
+        client = TrainingClient(self, str(base_model), config)
+        checkpoints.load(client.adapter, directory, client.engine.base_model, client.engine.fingerprint, with_optimizer)
+        return client
+
+    def _in_background(self, make) -> Future[TrainingClient]:
+        future: Future[TrainingClient] = Future()
+        threading.Thread(target=future.resolve, args=(make,), daemon=True).start()
+        return future
+
+    def new_training_run_id(self) -> str:
+        with self._lock:
+            self._count += 1
+            return f"{self._unique}:train:{self._count - 1}"
+
+
+class TrainingClient:
+    """One adapter. Verbs are submitted at once, run in order, and return futures; bad requests raise ValueError here."""
+
+    def __init__(self, service: ServiceClient, base_model: str, config: LoraConfig) -> None:
+        key, self.engine = _acquire(base_model, service.options)
+        self.tenant = self.engine.join()
+        try:
+            self.adapter = Adapter(config, self.engine.geometry(config), self.engine.device)
+        except BaseException:
+            _release(key, self.engine, self.tenant, None)  # type: ignore[arg-type]
+            raise
+        self.store = service.store
+        self.training_run_id = service.new_training_run_id()
+        self._finalizer = weakref.finalize(self, _release, key, self.engine, self.tenant, self.adapter)
+
+    def close(self) -> None:
+        """Leave the engine; the last client frees the base model."""
+        self._finalizer()
+
+    def forward_backward(
+        self,
+        data: Sequence[Datum],
+        loss_fn: str,
+        loss_fn_config: Mapping[str, float] | None = None,
+        logprobs: str = "all",
+    ) -> Future[ForwardBackwardOutput]:
+        """Add the gradient of the summed loss over `data`; nothing moves until optim_step.
+
+        logprobs="weighted" skips the head at positions of weight 0 and returns 0.0 there.
+        """
+        return self._pass(data, loss_fn, loss_fn_config, logprobs, train=True)
+
+    def forward(
+        self,
+        data: Sequence[Datum],
+        loss_fn: str,
+        loss_fn_config: Mapping[str, float] | None = None,
+        logprobs: str = "all",
+    ) -> Future[ForwardBackwardOutput]:
+        """The same numbers without a gradient."""
+        return self._pass(data, loss_fn, loss_fn_config, logprobs, train=False)
+
+    def forward_backward_custom(self, data: Sequence[Datum], fn: CustomLoss) -> Future[ForwardBackwardOutput]:
+        """`fn(data, logprobs)` -> (scalar loss, metrics), logprobs one tensor per datum of target_tokens' shape.
+
+        Exact: fn sees the logprobs of all data, whatever micro-batches they were computed in.
+        """
+        checked = check_custom(data, self.engine.decoder.vocab_size, self.engine.decoder.max_length)
+        request = PassRequest(self.adapter, checked, "cross_entropy", {}, True, False, Future(), fn, list(data))
+        self.engine.submit(self.tenant, request)
+        return request.future
+
+    def _pass(self, data, loss_fn: str, loss_fn_config, logprobs: str, train: bool) -> Future[ForwardBackwardOutput]:
+        if logprobs not in ("all", "weighted"):
+            raise ValueError(f"logprobs={logprobs!r}, expected 'all' or 'weighted'")
+        config = check_config(loss_fn, loss_fn_config)
+        checked = check_data(data, loss_fn, self.engine.decoder.vocab_size, self.engine.decoder.max_length)
+        request = PassRequest(self.adapter, checked, loss_fn, config, train, logprobs == "weighted", Future())
+        self.engine.submit(self.tenant, request)
+        return request.future
+
+    def optim_step(self, adam: AdamParams) -> Future[OptimStepOutput]:
+        """AdamW on the accumulated gradient, which is then cleared. ValueError (future) without one."""
+
+        def step() -> OptimStepOutput:
+            if not self.adapter.has_grad:
+                raise ValueError("optim_step without a gradient: call forward_backward first")
+            return OptimStepOutput(self.adapter.optim_step(adam))
+
+        return self._call(step)
+
+    def save_state(self, name: str, overwrite: bool = False) -> Future[SaveOutput]:
+        """Weights, moments and any accumulated gradient as tinker://<training_run_id>/weights/<name>."""
+        checkpoints.check_name(name)
+        target = self.store / self.training_run_id / "weights" / name
+
+        def save() -> SaveOutput:
+            if target.exists() and not overwrite:
+                raise ValueError(f"checkpoint '{name}' of {self.training_run_id} exists already; choose another name or overwrite=True")
+            self._describe()
+            checkpoints.save(self.adapter, target, self.engine.base_model, self.engine.fingerprint)
+            return SaveOutput(f"tinker://{self.training_run_id}/weights/{name}", str(target))
+
+        return self._call(save)
+
+    def load_state(self, path: str | Path, with_optimizer: bool = False) -> Future[None]:
+        """Replace this adapter's weights (and, if asked, moments) by a checkpoint of the same geometry."""
+        directory = checkpoints.resolve(path, self.store)
+        theirs = checkpoints.read_lora_config(directory)
+        ours = self.adapter.config
+        if replace(theirs, seed=0) != replace(ours, seed=0):
+            raise ValueError(f"checkpoint {directory} holds {theirs}, this client has {ours}")
+        return self._call(
+            lambda: checkpoints.load(
+                self.adapter, directory, self.engine.base_model, self.engine.fingerprint, with_optimizer
+            )
+        )
+
+    def _describe(self) -> None:
+        run_file = self.store / self.training_run_id / "run.json"
+        if not run_file.exists():
+            run_file.parent.mkdir(parents=True, exist_ok=True)
+            about = {"training_run_id": self.training_run_id, "base_model": self.engine.base_model}
+            run_file.write_text(json.dumps({**about, "lora": asdict(self.adapter.config)}, indent=2))
+
+    def _call(self, work) -> Future:
+        call = Call(work, Future())
+        self.engine.submit(self.tenant, call)
+        return call.future

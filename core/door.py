@@ -1,0 +1,100 @@
+"""Checking a forward_backward request at the door, and its data as tensors. A ValueError here means nothing was accumulated."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from core.datum import Datum
+from core.losses import LOSSES
+
+
+@dataclass
+class Sequenced:
+    """One datum as tensors: tokens [N], targets [N, K], the loss's inputs as fp32 of the targets' own shape."""
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    inputs: dict[str, torch.Tensor]
+    shape: torch.Size  # of target_tokens: [N] or [N, K]
+
+
+def check_config(loss_fn: str, loss_fn_config: Mapping[str, float] | None) -> dict[str, float]:
+    """The loss's configuration with defaults filled in."""
+    if loss_fn not in LOSSES:
+        close = difflib.get_close_matches(loss_fn, LOSSES, n=1)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        raise ValueError(f"unknown loss_fn '{loss_fn}', expected one of {', '.join(LOSSES)}{hint}")
+    defaults, given = LOSSES[loss_fn].defaults, dict(loss_fn_config or {})
+    for key, value in given.items():
+        if key not in defaults:
+            raise ValueError(f"loss_fn_config of {loss_fn} has no key '{key}', it knows {sorted(defaults) or 'none'}")
+        if not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
+            raise ValueError(f"loss_fn_config['{key}'] is {value!r}, expected a finite number")
+    return {**defaults, **given}
+
+
+def check_data(data: Sequence[Datum], loss_fn: str, vocab_size: int, max_length: int) -> list[Sequenced]:
+    """Every datum checked and converted; messages name the datum, the key and the values."""
+    if not data:
+        raise ValueError("data is empty, expected at least one Datum")
+    return [_check(datum, f"data[{i}]", loss_fn, vocab_size, max_length) for i, datum in enumerate(data)]
+
+
+def _check(datum: Datum, where: str, loss_fn: str, vocab_size: int, max_length: int) -> Sequenced:
+    tokens = torch.tensor(datum.model_input.to_ints(), dtype=torch.int64)
+    n = len(tokens)
+    if n == 0:
+        raise ValueError(f"{where} has no input tokens")
+    if n > max_length:
+        raise ValueError(f"{where} has {n} input tokens, the model's context is {max_length}")
+    _check_keys(datum, where, loss_fn)
+    _check_vocabulary(tokens, f"{where}.model_input", vocab_size)
+    targets = torch.as_tensor(datum.loss_fn_inputs["target_tokens"], dtype=torch.int64)
+    _check_length(targets, f"{where}.loss_fn_inputs['target_tokens']", n)
+    if targets.dim() == 2 and loss_fn != "cross_entropy":
+        raise ValueError(f"{where}.loss_fn_inputs['target_tokens'] has shape {list(targets.shape)}; {loss_fn} takes one target per position")
+    _check_vocabulary(targets, f"{where}.loss_fn_inputs['target_tokens']", vocab_size)
+    inputs = {}
+    for key, raw in datum.loss_fn_inputs.items():
+        if key == "target_tokens":
+            continue
+        name, value = f"{where}.loss_fn_inputs['{key}']", torch.as_tensor(raw, dtype=torch.float32)
+        _check_length(value, name, n)
+        if value.shape != targets.shape:
+            raise ValueError(f"{name} has shape {list(value.shape)}, target_tokens has {list(targets.shape)}")
+        if not bool(torch.isfinite(value).all()):
+            position = int((~torch.isfinite(value.reshape(n, -1)).all(1)).nonzero()[0])
+            raise ValueError(f"{name} is not finite at position {position}")
+        inputs[key] = value.reshape(n, -1)
+    return Sequenced(tokens, targets.reshape(n, -1), inputs, targets.shape)
+
+
+def _check_keys(datum: Datum, where: str, loss_fn: str) -> None:
+    required = LOSSES[loss_fn].required | {"target_tokens"}
+    given = set(datum.loss_fn_inputs)
+    if missing := required - given:
+        raise ValueError(f"{where}.loss_fn_inputs lacks {sorted(missing)}, which {loss_fn} needs")
+    if extra := given - required - {"weights"}:
+        raise ValueError(f"{where}.loss_fn_inputs has {sorted(extra)}, which {loss_fn} does not know")
+
+
+def _check_length(value: torch.Tensor, name: str, n: int) -> None:
+    if value.dim() not in (1, 2) or len(value) != n:
+        found = len(value) if value.dim() else 1
+        raise ValueError(f"{name} has {found} values for {n} input tokens")
+
+
+def _check_vocabulary(tokens: torch.Tensor, name: str, vocab_size: int) -> None:
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"{name} has token {low if low < 0 else high}, outside the vocabulary of {vocab_size}")
+
+
+def check_custom(data: Sequence[Datum], vocab_size: int, max_length: int) -> list[Sequenced]:
+    """For forward_backward_custom the engine reads target_tokens alone; other keys are the caller's own."""
+    bare = [Datum(datum.model_input, {k: v for k, v in datum.loss_fn_inputs.items() if k == "target_tokens"}) for datum in data]
+    return check_data(bare, "cross_entropy", vocab_size, max_length)

@@ -1,0 +1,287 @@
+"""The command line: flags anywhere, one-line errors, runs named, resumed, repeated; completion; the cost of --help."""
+
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cookbook.cli import main
+
+ROOT = Path(__file__).parent.parent
+
+RECIPE = '''"""A recipe that trains nothing: it says what it was given."""
+from __future__ import annotations
+from dataclasses import dataclass, field
+from pathlib import Path
+from cookbook.config import DataConfig, LogConfig, ModelConfig
+from cookbook.errors import UsageError
+
+@dataclass
+class Config:
+    name: str | None = None
+    run_dir: str | None = None
+    seed: int = 0
+    steps: int | None = 10
+    keep_last: int = 3
+    fail: str = ""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+def main(config: Config) -> None:
+    if config.fail == "usage":
+        raise UsageError("data.path=x: no such file")
+    if config.fail == "interrupt":
+        raise KeyboardInterrupt
+    if config.fail == "bug":
+        raise RuntimeError("a bug")
+    print(f"trained {config.name} steps={config.steps} seed={config.seed}")
+'''
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory with a recipe file in it."""
+    (tmp_path / "mine.py").write_text(RECIPE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def error(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(list(words)) == 2
+    return capsys.readouterr().err.rstrip("\n")
+
+
+# Runs.
+
+
+def test_a_run_is_called_after_recipe_model_data_and_time(here: Path) -> None:
+    assert main(["run", "mine.py", "model=qwen3-8b", "data=no_robots"]) == 0
+    assert main(["run", "mine.py", "model.name=some/Other-Model", "data=file", "data.path=rows/my.jsonl"]) == 0
+    names = sorted(path.name.rsplit("-", 2)[0] for path in (here / "runs").iterdir())
+    assert names == ["mine-Other-Model-my.jsonl", "mine-qwen3-8b-no_robots"]
+
+
+def test_two_runs_of_one_second_get_two_directories(here: Path) -> None:
+    assert [main(["run", "mine.py"]) for _ in range(3)] == [0, 0, 0]
+    assert len(list((here / "runs").iterdir())) == 3
+
+
+def test_flags_may_stand_between_overrides(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "mine.py", "steps=3", "--cfg", "job", "seed=2"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["steps"], printed["seed"]) == (3, 2)
+    assert not (here / "runs").exists()
+
+
+def test_config_yaml_holds_the_directory_and_absolute_paths(here: Path) -> None:
+    (here / "my.jsonl").touch()
+    main(["run", "mine.py", "run_dir=out/a", "data=file", "data.path=my.jsonl"])
+    saved = yaml.safe_load((here / "out/a/config.yaml").read_text())
+    assert saved["run_dir"] == str(here / "out/a") and saved["name"] == "a"
+    assert saved["data"]["path"] == str(here / "my.jsonl")
+
+
+def test_a_directory_that_holds_a_run_is_not_written_over(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["run", "mine.py", "name=a"])
+    assert error(capsys, "run", "mine.py", "name=a") == (
+        f"error: {here}/runs/a holds a run: cook resume {here}/runs/a, or choose another name= or run_dir="
+    )
+    (here / "taken").touch()
+    assert (
+        error(capsys, "run", "mine.py", "run_dir=taken") == f"error: run_dir={here}/taken is a file; give a directory"
+    )
+
+
+def test_resume_goes_on_in_the_same_directory_also_when_it_was_moved(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["run", "mine.py", "name=a", "seed=4"])
+    (here / "runs/a").rename(here / "moved")
+    assert main(["resume", "moved", "steps=20", "log.every=5"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "trained a steps=20 seed=4"
+    saved = yaml.safe_load((here / "moved/config.yaml").read_text())
+    assert (saved["steps"], saved["log"]["every"], saved["run_dir"]) == (20, 5, str(here / "moved"))
+
+
+def test_resume_refuses_what_would_make_it_another_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["run", "mine.py", "name=a"])
+    assert error(capsys, "resume", "a", "seed=1") == (
+        "error: seed=1: a resumed run keeps its seed; steps, epochs, eval_every, save_*, keep_last, log.* may change "
+        "(a new run with this change: cook rerun a seed=1)"
+    )
+
+
+def test_resume_of_no_run_names_the_one_meant(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert error(capsys, "resume", "x") == "error: no run x; the newest are (none in ./runs)"
+    main(["run", "mine.py", "name=first"])
+    assert error(capsys, "resume", "frist") == "error: no run frist (did you mean first?); the newest are first"
+    assert error(capsys, "resume", "runs") == "error: runs holds no run: there is no config.yaml in it"
+
+
+def test_rerun_is_a_new_run_with_the_same_configuration(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["run", "mine.py", "name=a", "seed=4", "model=qwen3-8b"])
+    assert main(["rerun", "a", "name=b", "steps=2"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "trained b steps=2 seed=4"
+    assert yaml.safe_load((here / "runs/b/config.yaml").read_text())["model"]["name"] == "Qwen/Qwen3-8B"
+    assert yaml.safe_load((here / "runs/b/overrides.yaml").read_text()) == [
+        "seed=4",
+        "model=qwen3-8b",
+        "name=b",
+        "steps=2",
+    ]
+
+
+# How it ends.
+
+
+def test_a_users_mistake_is_one_line_and_leaves_no_run_behind(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert error(capsys, "run", "mine.py", "name=a", "fail=usage") == "error: data.path=x: no such file"
+    assert not (here / "runs/a").exists()
+
+
+def test_an_interrupt_ends_with_130_and_a_bug_with_its_traceback(here: Path) -> None:
+    assert main(["run", "mine.py", "fail=interrupt"]) == 130
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["run", "mine.py", "fail=bug"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sfft"], "error: No such command 'sfft'. Did you mean 'sft'?"),
+        (["sft", "--dryrun"], "error: No such option: --dryrun (Possible options: --dry-run)"),
+        (["run"], "error: Missing argument 'FILE'."),
+        (["sft", "lr=1"], "error: unknown key lr (did you mean learning_rate?); all keys: --cfg job"),
+        (
+            ["data", "check", "max_lenght=1"],
+            "error: unknown key max_lenght (did you mean max_length?); all keys: --cfg job",
+        ),
+    ],
+)
+def test_a_wrong_word_is_answered_in_one_line(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert error(capsys, *words) == message
+
+
+# What it shows.
+
+
+def test_models_lists_every_file_of_conf_with_its_hub_id(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models"]) == 0
+    shown = capsys.readouterr().out
+    for path in (ROOT / "conf/model").glob("*.yaml"):
+        assert path.stem in shown and yaml.safe_load(path.read_text())["name"] in shown
+
+
+def test_recipes_lists_the_first_sentence_of_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    assert "cook sft  Supervised fine-tuning" in capsys.readouterr().out
+
+
+def test_doctor_names_versions_devices_and_what_auto_means(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("torch ", "cpu", "dtype", "GiB", "smollm2-135m", "hub"))
+
+
+def in_a_fresh_process(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+
+
+def test_neither_help_nor_composing_imports_torch() -> None:
+    heavy = "[m for m in ('torch', 'transformers', 'datasets', 'wandb', 'peft') if m in sys.modules]"
+    for words in (["--help"], ["sft", "--cfg", "job"], ["models"]):
+        code = f"import sys; from cookbook.cli import main; main({words}); print('heavy', {heavy})"
+        assert in_a_fresh_process(code).splitlines()[-1] == "heavy []", words
+
+
+def test_help_is_there_in_six_tenths_of_a_second() -> None:
+    def seconds() -> float:
+        start = time.perf_counter()
+        in_a_fresh_process("from cookbook.cli import main; main(['--help'])")
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(3)) < 0.6
+
+
+# Completion.
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("cook r", ["run", "resume", "rerun", "recipes"]),
+        ("cook data ", ["check", "show"]),
+        ("cook sft model=qwen3-1", ["model=qwen3-1.7b", "model=qwen3-14b"]),
+        ("cook sft steps=1 lora.tr", ["lora.train_attn=", "lora.train_mlp=", "lora.train_unembed="]),
+        ("cook sft lora.train_mlp=", ["lora.train_mlp=true", "lora.train_mlp=false"]),
+        ("cook sft lea", ["learning_rate="]),
+        ("cook sft lo", ["lora.", "log."]),
+        ("cook sft --d", ["--dry-run"]),
+        ("cook sft --cfg ", ["job"]),
+        ("cook sft recipe=", ["recipe=chat"]),
+        ("cook completion ", ["bash", "zsh", "fish"]),
+        ("cook resume a/b st", ["steps="]),
+        ("cook nonsense ", ["sft"]),
+        ("cook sft data.path='", []),
+    ],
+)
+def test_completion_offers_what_may_stand_there(
+    line: str, found: list[str], capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    assert main(["_complete", "zsh", line]) == 0
+    offered = capsys.readouterr().out.split()
+    assert offered == found or (line == "cook nonsense " and found[0] in offered)
+
+
+def test_completion_offers_paths_and_runs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "rows").mkdir()
+    (here / "rows/a.jsonl").touch()
+    main(["run", "mine.py", "name=first"])
+    for line, found in {
+        "cook run m": ["mine.py"],
+        "cook sft data.path=ro": ["data.path=rows/"],
+        "cook data check rows/": ["rows/a.jsonl"],
+        "cook resume f": ["first"],
+        "cook run mine.py see": ["seed="],
+    }.items():
+        capsys.readouterr()
+        main(["_complete", "zsh", line])
+        assert capsys.readouterr().out.split() == found, line
+
+
+def test_bash_itself_completes_a_model(tmp_path: Path) -> None:
+    """Typed into a real bash on a terminal: COMP_WORDBREAKS, the script and the answer together."""
+    (tmp_path / "cook").write_text(f'#!/bin/sh\nexec {sys.executable} -m cookbook.cli "$@"\n')
+    (tmp_path / "cook").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "TERM": "dumb", "PS1": "> "}
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        os.execvpe("bash", ["bash", "--norc", "--noprofile", "-i"], environment)
+
+    def read_until(text: str) -> str:
+        seen, deadline = "", time.monotonic() + 20
+        while text not in seen and time.monotonic() < deadline:
+            if select.select([terminal], [], [], 0.2)[0]:
+                seen += os.read(terminal, 4096).decode()
+        return seen
+
+    try:
+        read_until("> ")
+        os.write(terminal, b'eval "$(cook completion bash)"; echo rea"dy"\n')
+        read_until("\r\nready")
+        os.write(terminal, b"cook sft lea\t1 model=qwen3-8\t--c\t")
+        assert "cook sft learning_rate=1 model=qwen3-8b --c" in read_until("--cfg").replace("\x07", "")
+    finally:
+        os.close(terminal)
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)

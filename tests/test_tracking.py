@@ -1,0 +1,150 @@
+"""Weights & Biases: nothing unless asked, one log a step, the same run after a resume."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from cookbook import records
+from cookbook.config import LogConfig
+from cookbook.errors import UsageError
+from cookbook.run import Run
+from cookbook.tracking import NoTracker, connect_tracker
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass
+class Config:
+    run_dir: str | None
+    name: str | None = None
+    keep_last: int = 2
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+class Recorder:
+    """A tracker that keeps what it is told; raises on request."""
+
+    id: str | None = "rec0rder"
+
+    def __init__(self, broken: bool = False) -> None:
+        self.rows: list[dict[str, float]] = []
+        self.exit_code: int | None = None
+        self.broken = broken
+
+    def log(self, row: Mapping[str, float]) -> None:
+        if self.broken:
+            raise ConnectionError("service is gone")
+        self.rows.append(dict(row))
+
+    def finish(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+
+
+def start(directory: Path, tracker: Recorder | None = None, log: LogConfig | None = None) -> Run:
+    config = Config(str(directory), log=log or LogConfig())
+    return Run(config, "sft/chat", tracker=tracker, console=Console(file=io.StringIO()))
+
+
+def test_each_step_is_one_log_that_holds_its_evaluation(tmp_path: Path) -> None:
+    recorder = Recorder()
+    with start(tmp_path, recorder) as run:
+        run.log_eval("before", {"held_out/nll": 3.0})
+        run.log(1, {"train/nll": 2.0})
+        run.log_eval("during", {"held_out/nll": 1.0})
+        run.log(2, {"train/nll": 1.0})
+        assert run.checkpoint(2, "tinker://a/weights/000002", loop={})["loop"]["wandb_id"] == "rec0rder"
+    assert recorder.rows == records.read_rows(tmp_path / "metrics.jsonl")
+    assert recorder.exit_code == 0
+
+
+def test_a_failed_run_is_failed_there_too(tmp_path: Path) -> None:
+    recorder = Recorder()
+    with pytest.raises(RuntimeError), start(tmp_path, recorder):
+        raise RuntimeError("boom")
+    assert recorder.exit_code == 1
+
+
+def test_a_lost_tracker_does_not_cost_the_run(tmp_path: Path) -> None:
+    with start(tmp_path, Recorder(broken=True)) as run:
+        run.log(1, {"train/nll": 2.0})
+        run.log(2, {"train/nll": 1.0})
+    assert len(records.read_rows(tmp_path / "metrics.jsonl")) == 2
+    log = (tmp_path / "console.log").read_text()
+    assert log.count("W&B stopped (ConnectionError: service is gone); metrics.jsonl goes on") == 1
+
+
+def test_off_means_no_import_and_no_file(tmp_path: Path) -> None:
+    assert isinstance(connect_tracker(LogConfig(), run_dir=tmp_path, name="x", config={}), NoTracker)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_mode_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"log\.wandb=on is unknown: it is one of off, online, offline"):
+        connect_tracker(LogConfig(wandb="on"), run_dir=tmp_path, name="x", config={})
+
+
+ONLINE = """
+import pathlib, sys
+from cookbook.config import LogConfig
+from cookbook.errors import UsageError
+from cookbook.tracking import connect_tracker
+try:
+    connect_tracker(LogConfig(wandb="online"), run_dir=pathlib.Path(sys.argv[1]), name="x", config={})
+except UsageError as error:
+    print(error)
+"""
+
+
+def test_online_without_a_login_is_one_line(tmp_path: Path) -> None:
+    bare = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    command = [sys.executable, "-c", ONLINE, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=bare, capture_output=True, text=True, timeout=60)
+    assert done.stdout == (
+        "log.wandb=online, but there is no W&B login: "
+        "run `wandb login` (or set WANDB_API_KEY), or use log.wandb=offline\n"
+    ), done.stderr
+
+
+def test_an_offline_run_is_written_and_goes_on_under_its_id(tmp_path: Path) -> None:
+    offline = LogConfig(wandb="offline")
+    with start(tmp_path, log=offline) as run:
+        for step in (1, 2, 3):
+            run.log(step, {"train/nll": 1 / step})
+        row = run.checkpoint(3, "tinker://a/weights/000003", loop={})
+    with start(tmp_path, log=offline) as run:
+        run.resume(lambda row: None)
+        run.log(4, {"train/nll": 0.25})
+    files = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(files) == 2 and {file.stem for file in files} == {f"run-{row['loop']['wandb_id']}"}
+    assert [(item["progress/step"], item["_step"]) for item in history(files[0])] == [(1, 0), (2, 1), (3, 2)]
+
+
+def history(file: Path) -> list[dict[str, float]]:
+    """The logged rows of a .wandb file: a LevelDB log (32 KiB blocks, 7-byte headers) of protobuf records."""
+    import json
+
+    from wandb.proto import wandb_internal_pb2
+
+    data, rows, position, pending = file.read_bytes(), [], 7, b""
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:
+            position += 32768 - position % 32768
+            continue
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        pending += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            record = wandb_internal_pb2.Record.FromString(pending)
+            pending = b""
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                rows.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in items})
+    return rows

@@ -63,6 +63,6 @@ def _built_in(tokenizer: PreTrainedTokenizerFast, name: str) -> str:
     if name == "chatml" and (missing := _missing(tokenizer, CHATML_TOKENS)):
         raise UsageError(f"model.chat_template=chatml needs {' and '.join(missing)}, not in this tokenizer: take plain")
     if name == "plain" and tokenizer.eos_token is None:
-        raise UsageError("model.chat_template=plain ends replies with eos_token, not in this tokenizer: give a .jinja file")
+        raise UsageError("model.chat_template=plain ends replies with eos_token, not in this tokenizer")
     puts_bos = tokenizer.bos_token_id is not None and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
     return ("{{- bos_token }}" if puts_bos else "") + (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -37,7 +38,7 @@ SCHEMA, SAVED, PRIMARY = "cook_schema", "cook_saved", "cook_primary"  # names of
 class Composed:
     """What a run is started with."""
 
-    config: object  # an instance of the recipe's Config
+    config: Any  # an instance of the recipe's own Config
     yaml: str
     overrides: list[str]  # as typed
     recipe: str  # "sft/chat", or the path of somebody's own file
@@ -89,7 +90,7 @@ def recipe_files(kind: str) -> dict[str, Path]:
     return {path.stem: path for path in sorted((TREE / "recipes" / kind).glob("*.py")) if path.stem != "__init__"}
 
 
-def to_yaml(config: object) -> str:
+def to_yaml(config: Any) -> str:
     """The text of config.yaml for a Config instance."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
@@ -97,13 +98,21 @@ def to_yaml(config: object) -> str:
 def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise UsageError(f"no such recipe file: {path}")
-    spec = importlib.util.spec_from_file_location(f"cook_recipe_{path.stem}", path)
+    name = f"cook_recipe_{path.stem}"
+    loaded = sys.modules.get(name)
+    if loaded is not None and loaded.__file__ == str(path):
+        return loaded
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look up their module by name
+    sys.modules[name] = module  # dataclasses look up their module by name
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))  # its neighbours, after ours
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 

@@ -63,7 +63,3 @@ class LogConfig:
     every: int = 1  # console line every N steps (metrics.jsonl always has each step)
     progress: bool = True  # live progress bar on a terminal
 
-
-@dataclass
-class EvalConfig:
-    batch_size: int = 32  # held-out sequences per request

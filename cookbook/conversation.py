@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -22,8 +21,8 @@ class Conversation:
         if not messages:
             raise ValueError("no messages")
         self.renderer = renderer
-        self.spliced = {index: list(message["tokens"]) for index, message in enumerate(messages) if message.get("tokens")}
         clean, schemas = template_messages(messages), template_tools(tools)
+        self.spliced = {at: list(message["tokens"]) for at, message in enumerate(messages) if message.get("tokens")}
         self.messages, self.tools, self.mark = renderer.encoder.protect(clean, schemas)
         self._texts: dict[tuple[int, bool], str] = {}
 
@@ -36,7 +35,7 @@ class Conversation:
         if index > 0:
             return self._render(index, True)
         asked = self.renderer.render([ANYTHING], None, prompt=True)  # nothing was asked: find the header in the text
-        header = asked[len(os.path.commonprefix([asked, self.renderer.render([ANYTHING], None, prompt=False)])) :]
+        header = asked.removeprefix(self.renderer.render([ANYTHING], None, prompt=False))
         before, found, _ = self.text(1).partition(header) if header else ("", "", "")
         if not found:
             raise ValueError("the conversation opens with a reply, which this template cannot prompt for")
@@ -78,9 +77,8 @@ class Conversation:
             if call["function"]["name"] not in rendered:
                 raise ValueError(f"the template drops the tool calls of message {index}")
 
-    def check_complete(self) -> None:
-        """The same for what was said and offered to the model."""
-        text = self.text(len(self.messages))
+    def check_complete(self, text: str) -> None:
+        """The same for what was said and offered to the model, in a rendering of all messages."""
         for index, message in enumerate(self.messages):
             asked = message["role"] in ("system", "developer", "user")
             if asked and str(message.get("content", "")).strip() not in text:
@@ -108,7 +106,7 @@ class Conversation:
             if encoded.tokens[at:read] != header:  # a token straddles the border: the reply is encoded by itself
                 read, position = encoded.first_control_from(len(prompt)) or (len(encoded.tokens), len(text))
                 tokens += self.renderer.encoder.encode(text[len(prompt) : position], self.mark).tokens
-            if index not in trained and index not in self.spliced or not text.startswith(reply := self.reply(index)):
+            if (index not in trained and index not in self.spliced) or not text.startswith(reply := self.reply(index)):
                 continue
             stop = encoded.last_control_before(len(reply))[0]
             stopped = True
@@ -123,4 +121,5 @@ class Conversation:
 
     def _encode_header(self, text: str) -> list[int]:
         encoder = self.renderer.encoder
-        return encoder.encode(text, self.mark).tokens if self.mark and self.mark in text else encoder.encode_short(text)
+        marked = self.mark and self.mark in text
+        return encoder.encode(text, self.mark).tokens if marked else encoder.encode_short(text)

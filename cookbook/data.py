@@ -138,7 +138,7 @@ class StreamedData(SupervisedData):
         batch_size: int,
         config: DataConfig,
     ) -> None:
-        self._read, self._seed, self._batch_size, self._eval_rows = read, seed, batch_size, config.eval_rows
+        self._read, self._seed, self._batch_size = read, seed, batch_size
         self.report = RowReport(name)
         first = list(itertools.islice(read(self.report), config.eval_rows + batch_size))
         self.report.refuse_bad(config.max_bad)
@@ -148,6 +148,9 @@ class StreamedData(SupervisedData):
                 f" and one batch of {batch_size}; set data.streaming=false"
             )
         self.held_out = [sequence.datum() for row in first[: config.eval_rows] for sequence in row]
+        self._held_out = {
+            content_hash(row) for row in first[: config.eval_rows]
+        }  # repeats of these do not train either
         self._restart()
 
     def _restart(self) -> None:
@@ -169,7 +172,7 @@ class StreamedData(SupervisedData):
             report = RowReport(self.report.name)
             if epoch == 0:
                 self.report = report
-            rows = itertools.islice(self._read(report), self._eval_rows, None)
+            rows = (row for row in self._read(report) if content_hash(row) not in self._held_out)
             rng = random.Random(f"stream {self._seed} {epoch}")
             sequences = shuffled((sequence for row in rows for sequence in row), SHUFFLE_ROWS, rng)
             first = next(sequences, None)
@@ -209,7 +212,7 @@ def load_supervised(
         lines = [*report.lines(), f"{split}, {data.epoch_steps:,} steps per epoch"]
     if console is not None:
         for line in lines:
-            console.print(line, markup=False, highlight=False)
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         if (table := data.report.table()) is not None:
             console.print(table)
     return data
@@ -332,11 +335,15 @@ def _token_sequences(
     return kept
 
 
+def content_hash(row: TokenRow) -> int:
+    return hash(tuple(sequence.tokens.tobytes() for sequence in row))
+
+
 def split_rows(rows: list[TokenRow], seed: int, eval_rows: int) -> tuple[list[TokenRow], list[TokenRow]]:
     """(train, held out): the last `eval_rows` of the seed-shuffled rows, at most a fifth; repeated rows stay."""
     order = list(range(len(rows)))
     random.Random(f"held out {seed}").shuffle(order)
-    contents = [hash(tuple(sequence.tokens.tobytes() for sequence in row)) for row in rows]
+    contents = [content_hash(row) for row in rows]
     times = Counter(contents)
     wanted = min(eval_rows, int(HELD_OUT_SHARE * len(rows)))
     held = set(itertools.islice((i for i in reversed(order) if times[contents[i]] == 1), wanted))

@@ -58,10 +58,10 @@ def check_rows(config: RecipeConfig, renderer: Renderer, console: Console) -> in
     report = RowReport(name)
     found = list(read(report))
     for line in report.lines():
-        console.print(line, markup=False, highlight=False)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     if report.duplicate_prompts:
         console.print(
-            f"duplicate prompts: {report.duplicate_prompts:,} rows ask what an earlier row asks", highlight=False
+            f"duplicate prompts: {report.duplicate_prompts:,} (what an earlier row asks already)", highlight=False
         )
     if (table := report.table()) is not None:
         console.print(table)
@@ -69,12 +69,12 @@ def check_rows(config: RecipeConfig, renderer: Renderer, console: Console) -> in
         report.refuse_bad(data.max_bad)
         if config.data.overlong == "error" and report.overlong:
             raise UsageError(
-                f"{report.overlong} rows are longer than max_length={config.max_length} and data.overlong=error;"
+                f"rows longer than max_length={config.max_length}: {report.overlong}, and data.overlong=error;"
                 " raise max_length, or set data.overlong=drop or truncate"
             )
         split = StoredData(found, report, seed=config.seed, batch_size=config.batch_size, eval_rows=data.eval_rows)
     except UsageError as error:
-        console.print(f"a run would refuse: {error}", style="red", markup=False, highlight=False)
+        console.print(f"a run would refuse: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
     steps = f"{split.epoch_steps:,} steps of {config.batch_size} per epoch"
     console.print(f"fine: {split.num_rows:,} to train on, {len(split.held_out):,} held out, {steps}", highlight=False)
@@ -88,8 +88,8 @@ def show_rows(config: RecipeConfig, renderer: Renderer, rows: int, console: Cons
     report = RowReport(name)
     shown = list(itertools.islice(read(report), rows))
     for line in report.detected:
-        console.print(line, markup=False, highlight=False)
-    coloured = console.color_system is not None
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    coloured = console.color_system is not None and not console.no_color
     for sequence in itertools.chain.from_iterable(shown):
         trained = _trained(sequence)
         share = sum(trained) / len(trained)
@@ -113,7 +113,7 @@ def _marked(sequence: TokenSequence, trained: list[bool], renderer: Renderer, co
 
     text = Text()
     for is_trained, run in itertools.groupby(zip(sequence.tokens, trained, strict=True), key=lambda pair: pair[1]):
-        decoded = renderer.tokenizer.decode([token for token, _ in run], skip_special_tokens=False)
+        decoded = renderer.decode([token for token, _ in run])
         if is_trained and not coloured:
             decoded = f"[[{decoded}]]"
         text.append(decoded, style=TRAINED_STYLE if is_trained else "")

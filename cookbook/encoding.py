@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
-from cookbook.messages import Json, strings
+from cookbook.messages import Json, Message, strings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -51,9 +51,9 @@ class TextEncoder:
         self._control_ids = {self._added[text][0] for text in control}
         self._in_messages = _any_of(control)
         self._in_replies = _any_of(control - REPLY_TAGS)
-        self.encode_short = lru_cache(maxsize=4096)(lambda text: self.encode(text).tokens)  # headers come again and again
+        self.encode_short = lru_cache(maxsize=4096)(lambda text: self.encode(text).tokens)  # headers recur
 
-    def protect(self, messages: Sequence[Mapping[str, Json]], tools: Json) -> tuple[Sequence[Mapping[str, Json]], Json, str]:
+    def protect(self, messages: Sequence[Message], tools: Json) -> tuple[Sequence[Message], Json, str]:
         """Messages and tools with the control tokens in them marked, and the mark ("" when there was none)."""
         everything = "\0".join([*strings(messages), *strings(tools)])
         if not self._in_messages.search(everything):

@@ -20,7 +20,7 @@ MAY_CHANGE = re.compile(r"(steps|epochs|eval_every|save_every|save_minutes|keep_
 
 def launch(composed: Composed, run_dir: Path | None = None) -> int | None:
     """Write the run's record and call the recipe's main(config); `run_dir` is given when an existing run goes on."""
-    config: Any = composed.config  # the recipe's own Config; name and run_dir are the two keys every recipe has
+    config = composed.config  # name and run_dir are the two keys that every recipe's Config has
     directory = run_dir or _new_directory(composed)
     config = replace(config, name=config.name or directory.name, run_dir=str(directory))
     _make_absolute(config)
@@ -64,7 +64,7 @@ def run_directories() -> list[Path]:
 
 
 def _new_directory(composed: Composed) -> Path:
-    config: Any = composed.config
+    config = composed.config
     name = config.name or _name(composed)
     directory = Path(config.run_dir or RUNS / name).absolute()
     if directory.exists() and not directory.is_dir():
@@ -105,9 +105,8 @@ def _make_absolute(config: Any) -> None:
         value = getattr(section, field, None)
         if value and Path(value).exists():
             setattr(section, field, str(Path(value).absolute()))
-    sources = getattr(data, "sources", None)
-    if sources:
-        data.sources = {str(Path(s).absolute()) if Path(s).is_file() else s: w for s, w in sources.items()}
+    if data is not None and getattr(data, "sources", None):
+        data.sources = {str(Path(s).absolute()) if Path(s).is_file() else s: w for s, w in data.sources.items()}
 
 
 def _find(run: str) -> Path:

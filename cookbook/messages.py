@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-Json: TypeAlias = "None | bool | int | float | str | Sequence[Json] | Mapping[str, Json]"
+Json: TypeAlias = Any  # what json.loads gives; checked here, at the door
 Message: TypeAlias = Mapping[str, Json]
 Tools: TypeAlias = Sequence[Mapping[str, Json]] | str  # JSON schemas, or the JSON text of their list
 
@@ -42,8 +42,9 @@ def _text(index: int, content: Json) -> str:
     """Content given in parts ([{"type": "text", "text": ...}]) as one string."""
     if isinstance(content, str):
         return content
-    if isinstance(content, Sequence) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
-        return "".join(str(part["text"]) for part in content)
+    parts: Sequence[Json] = content if isinstance(content, Sequence) else [content]
+    if all(isinstance(part, Mapping) and part.get("type") == "text" for part in parts):
+        return "".join(str(part["text"]) for part in parts)
     raise ValueError(f"message {index}: content must be text or text parts, got {str(content)[:60]!r}")
 
 
@@ -52,26 +53,25 @@ def _tool_call(index: int, call: Json) -> dict[str, Json]:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise ValueError(f"message {index}: a tool call needs a function with a name, got {str(call)[:60]!r}")
-    arguments = function.get("arguments")
+    name, arguments = function["name"], function.get("arguments")
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
         except json.JSONDecodeError as error:
-            raise ValueError(f"message {index}: arguments of tool call {function['name']!r} are not JSON: {error}") from error
+            raise ValueError(f"message {index}: arguments of tool call {name!r} are not JSON: {error}") from error
     if not isinstance(arguments, Mapping | None):
-        raise ValueError(f"message {index}: arguments of tool call {function['name']!r} must be an object, got {arguments!r}")
+        raise ValueError(f"message {index}: arguments of tool call {name!r} must be an object, got {arguments!r}")
     extra = {key: call[key] for key in ("id",) if call.get(key) is not None}
-    return {"type": "function", **extra, "function": {"name": function["name"], "arguments": dict(arguments or {})}}
+    return {"type": "function", **extra, "function": {"name": name, "arguments": dict(arguments or {})}}
 
 
 def template_tools(tools: Tools | None) -> list[Mapping[str, Json]] | None:
     """Tool schemas as a list, or None when there are none."""
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"tools are not JSON: {error}") from error
-    return list(tools) if tools else None
+    try:
+        schemas = json.loads(tools or "[]") if isinstance(tools, str) else tools
+    except json.JSONDecodeError as error:
+        raise ValueError(f"tools are not JSON: {error}") from error
+    return list(schemas) if schemas else None
 
 
 def tool_name(tool: Mapping[str, Json]) -> str:

@@ -1,26 +1,27 @@
-"""Messages to tokens and back, through any Hugging Face chat template; what a template must hold is checked when it is loaded.
+"""Messages to tokens and back, through any Hugging Face chat template that holds three properties, checked on loading.
 
 1. Tokens equal `tokenizer.apply_chat_template`; control tokens inside messages stay ordinary text.
 2. The generation prompt is a prefix of the supervised example.
 3. The stop token is the one the template puts after a reply (not `eos_token`), and it is trained.
 
-Where a reply's first characters would merge with the prompt's last token (a reply that starts with a newline), 2 wins over 1:
-the reply is encoded by itself, as the sampler will see it.
+Where a reply's first characters would merge with the prompt's last token (a reply that starts with a newline), 2 wins
+over 1: the reply is encoded by itself, as a sampler that saw the prompt would have written it.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from cookbook.chat_templates import choose_template, load_tokenizer
 from cookbook.config import ModelConfig
 from cookbook.conversation import Conversation, Span
-from cookbook.encoding import REPLY_TAGS, TextEncoder
+from cookbook.encoding import TextEncoder
 from cookbook.errors import UsageError
 from cookbook.messages import Json, Message, Tools
-from cookbook.replies import Malformed, ToolStyle, parse_reply
+from cookbook.replies import Malformed, parse_reply
+from cookbook.template_check import check, learn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -31,18 +32,6 @@ Weighted: TypeAlias = "tuple[ModelInput, list[float]]"  # weights[i] is 1.0 wher
 Ended: TypeAlias = Literal["stop", "length", "malformed"]
 
 TRAIN_ON = ("last", "all", "everything", "flags")
-
-USER, REPLY = "What is two plus two?", "It makes four."
-WEATHER = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Zermatt"}}}
-WEATHER_TOOL: Json = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "Weather of a city.",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
-}
-CHECKED_REPLIES = (REPLY, "42", "- one\n- two", "**Yes.** ", '"quoted"', "(1 + 1)", "{'a': 1}", "Ça va 🙂", "你好", "```\nx")
 
 
 class Renderer:
@@ -64,16 +53,21 @@ class Renderer:
         self.template_name = name
         self._template = template
         self.thinking = thinking
-        self._variables = {} if thinking is None else {"enable_thinking": thinking}
-        self._probe()
-        self._check()
+        self._variables: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
+        self.facts = learn(self)
+        self.stop = list(self.facts.stop)
+        self.stop_texts = [str(tokenizer.added_tokens_decoder[token]) for token in self.stop]
+        self.encoder = TextEncoder(tokenizer, self.facts.structural)
+        check(self)
 
     def build_generation_prompt(self, messages: Sequence[Message], tools: Tools | None = None) -> ModelInput:
         """The tokens after which the model writes the next reply. Raises ValueError if the template refuses."""
         from core import ModelInput
 
         conversation = Conversation(self, messages, tools)
-        tokens, _ = conversation.encode(conversation.prompt(len(messages)))
+        text = conversation.prompt(len(messages))
+        conversation.check_complete(text)
+        tokens, _ = conversation.encode(text)
         return ModelInput.from_ints(tokens)
 
     def build_supervised_example(
@@ -97,8 +91,8 @@ class Renderer:
         conversation that has no trained tokens or that the template refuses.
         """
         conversation = Conversation(self, messages, tools)
-        conversation.check_complete()
         text = conversation.text(len(messages))
+        conversation.check_complete(text)
         if train_on == "everything":
             tokens, _ = conversation.encode(text)
             return [_weighted(tokens, [(1, len(tokens))])]
@@ -127,115 +121,40 @@ class Renderer:
         text = self.decode(tokens[:end])
         ended: Ended = "stop" if end < len(tokens) else "length"
         try:
-            return parse_reply(text, in_thinking=self._in_thinking, tool_style=self._tool_style), ended
+            return parse_reply(text, in_thinking=self.facts.in_thinking, tool_style=self.facts.tool_style), ended
         except Malformed:
             return {"role": "assistant", "content": text}, "malformed" if ended == "stop" else "length"
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, control tokens included."""
-        return self.tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def render(self, messages: Sequence[Message], tools: Json, *, prompt: bool) -> str:
         """The template's text; `prompt` adds the generation prompt. Raises ValueError with the template's own words."""
         from jinja2 import TemplateError
 
         try:
-            return self.tokenizer.apply_chat_template(
-                messages,
-                tools=tools,
-                chat_template=self._template,
-                add_generation_prompt=prompt,
-                tokenize=False,
-                **self._variables,
-            )
+            return self._apply(messages, tools=tools, add_generation_prompt=prompt, tokenize=False)
         except (TemplateError, TypeError) as error:
             raise ValueError(f"the chat template refuses the conversation: {str(error).splitlines()[0]}") from error
+
+    def reference_tokens(self, messages: Sequence[Message], tools: Json = None) -> list[int]:
+        """What `tokenizer.apply_chat_template` makes of the messages."""
+        return self._apply(messages, tools=tools, tokenize=True, return_dict=False)
+
+    def _apply(self, messages: Json, **options: Any) -> Any:
+        return self.tokenizer.apply_chat_template(messages, chat_template=self._template, **self._variables, **options)
 
     @property
     def end_of_text(self) -> int:
         """The token after a raw text: the tokenizer's `eos_token`, else the template's stop token."""
-        eos = self.tokenizer.eos_token_id
+        eos: Any = self.tokenizer.eos_token_id
         return self.stop[0] if eos is None else eos
 
     def _raw(self, text: str) -> list[int]:
         tokens = self.tokenizer.encode(text)  # with the BOS of tokenizers that put one, but not their EOS
         ends = tokens[-1:] == [self.end_of_text] and not text.endswith(str(self.tokenizer.eos_token))
         return tokens[:-1] if ends and len(tokens) > 1 else tokens
-
-    def _probe(self) -> None:
-        """Learn from renderings what steers the model and what ends a reply."""
-        user, reply = {"role": "user", "content": USER}, {"role": "assistant", "content": REPLY}
-        try:
-            history = self.render([user, reply, user], None, prompt=True)
-            prompt = self.render([user], None, prompt=True)
-            single = self.render([user, reply], None, prompt=False)
-        except ValueError as error:
-            raise self._refusal(f"cannot render a plain conversation ({error})") from error
-        added = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
-        self.encoder = TextEncoder(
-            self.tokenizer, {token for token in added - REPLY_TAGS if token in history and not token.isspace()}
-        )
-        self._in_thinking = prompt.rstrip().endswith("<think>")
-        tail = single[single.rfind(REPLY) + len(REPLY) :] if REPLY in single else ""
-        stop, position = self._first_control(tail)
-        if stop is None or tail[:position].strip():
-            raise self._refusal("puts no stop token right after a reply")
-        self.stop = [stop]
-        self._tool_style: ToolStyle = "hermes"
-        self._probe_tools(user, prompt)
-        self.stop_texts = [str(self.tokenizer.added_tokens_decoder[token]) for token in self.stop]
-
-    def _probe_tools(self, user: Message, prompt: str) -> None:
-        """Tool calls may end with a token of their own (Llama's <|eom_id|>); many templates know no tools at all."""
-        try:
-            call = self.render([user, {"role": "assistant", "tool_calls": [WEATHER]}], [WEATHER_TOOL], prompt=False)
-        except ValueError:
-            return
-        name, city = call.rfind('"weather"'), call.rfind("Zermatt")
-        if city < 0:
-            return
-        stop, _ = self._first_control(call[city:])
-        if stop is not None and stop not in self.stop:
-            self.stop.append(stop)
-        if "<tool_call>" not in call[name - 40 : name] and '"parameters"' in call[name:city]:
-            self._tool_style = "json"
-
-    def _first_control(self, text: str) -> tuple[int | None, int]:
-        encoded = self.encoder.encode(text)
-        if not encoded.controls:
-            return None, len(text)
-        index, position = encoded.controls[0]
-        return encoded.tokens[index], position
-
-    def _check(self) -> None:
-        """Hold the three properties on fixed conversations."""
-        system = [{"role": "system", "content": "Be brief."}]
-        try:
-            self.render([*system, {"role": "user", "content": USER}], None, prompt=True)
-        except ValueError:  # Gemma: no system turns
-            system = []
-        for number, text in enumerate(CHECKED_REPLIES):
-            turns = [{"role": "user", "content": USER}, {"role": "assistant", "content": text}]
-            self._check_conversation((system if number % 2 else []) + turns * (1 + number % 3))
-
-    def _check_conversation(self, messages: list[Message]) -> None:
-        try:
-            model_input, _ = self.build_supervised_examples(messages, "last")[0]
-            prompt = self.build_generation_prompt(messages[:-1]).to_ints()
-        except ValueError as error:
-            raise self._refusal(f"cannot be trained ({error})") from error
-        tokens = model_input.to_ints()
-        if tokens[: len(prompt)] != prompt:
-            raise self._refusal("does not keep the generation prompt as a prefix of the example")
-        reference = self.tokenizer.apply_chat_template(
-            messages, chat_template=self._template, tokenize=True, return_dict=False, **self._variables
-        )
-        if tokens != reference:
-            said = messages[-1]["content"]
-            raise self._refusal(f"has a generation prompt whose tokens merge with those of a reply like {said!r}")
-
-    def _refusal(self, what: str) -> UsageError:
-        return UsageError(f"chat template {self.template_name} {what}")
 
 
 def _trained_replies(messages: Sequence[Message], train_on: str) -> list[int]:

@@ -92,7 +92,7 @@ class RowReport:
             ceiling = "" if self.ok == 0 else f" (above data.max_bad={max_bad:g})"
             raise UsageError(
                 f"{self.name}: {self.rejected} of {self.total} rows unusable, {self.bad_share:.0%}{ceiling};"
-                f" most often: {reason} ({worst.count} rows, first {worst.first[0]}{detail});"
+                f" most often: {reason} ({worst.count} of them, first {worst.first[0]}{detail});"
                 " `cook data check` lists them all"
             )
         if self.ok == 0:
@@ -127,7 +127,7 @@ class RowReport:
             )
         if self.flags_ignored:
             lines.append(
-                f"{self.flags_ignored:,} rows have per-message train/weight flags; data.train_on=flags uses them"
+                f"rows with per-message train/weight flags: {self.flags_ignored:,}; data.train_on=flags uses them"
             )
         return lines
 

@@ -96,7 +96,7 @@ def _read_lines(path: Path) -> Iterator[RawRow]:
 def parse_object(line: bytes) -> dict[str, object] | RowProblem:
     """One line of a jsonl file."""
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = json.loads(line.decode("utf-8").rstrip())
     except UnicodeDecodeError as error:
         return RowProblem("not UTF-8 text", f"byte {line[error.start]:#04x} at column {error.start + 1}")
     except json.JSONDecodeError as error:

@@ -129,6 +129,14 @@ class Run:
         """Where the checkpoint lies now, wherever the run was moved to; None when it lies on a server."""
         return self.checkpoints.directory(row)
 
+    def location(self, row: CheckpointRow) -> Path | str:
+        """What a service loads the checkpoint from: its directory here, else its URI on the server."""
+        return self.directory(row) or row["uri"]
+
+    @property
+    def console(self) -> Console:
+        return self._progress.console
+
     def resume(self, load: Callable[[CheckpointRow], T]) -> tuple[CheckpointRow, T] | None:
         """Go back to the newest checkpoint that `load` can read: its row and what `load` made of it.
 

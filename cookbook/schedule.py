@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from cookbook.config import OptimConfig
 from cookbook.errors import UsageError
+
+if TYPE_CHECKING:
+    from core import AdamParams
 
 SCHEDULES = ("constant", "linear", "cosine")
 RECIPE_FACTORS = {"sft": 1.0, "rl": 0.15, "dpo": 0.05}
@@ -40,3 +43,21 @@ def default_learning_rate(hidden_size: int, model_type: str, recipe: Literal["sf
     """
     exponent = 0.0775 if model_type.lower().startswith("qwen") else 0.781
     return 5e-5 * 10 * (2000 / hidden_size) ** exponent * RECIPE_FACTORS[recipe]
+
+
+def adam_at(step: int, total_steps: int, peak: float, optim: OptimConfig) -> AdamParams:
+    """The parameters of optimizer step `step` (from 0)."""
+    from core import AdamParams
+
+    learning_rate = learning_rate_at(step, total_steps, peak, optim)
+    return AdamParams(learning_rate, optim.beta1, optim.beta2, optim.eps, optim.weight_decay, optim.grad_clip_norm)
+
+
+def total_steps(steps: int | None, epochs: float, epoch_steps: int | None) -> int:
+    """`steps` if given, else as many as `epochs` passes over the data take."""
+    if steps is None and epoch_steps is None:
+        raise UsageError("a stream has no known length: give steps=")
+    total = steps if steps is not None else round(epochs * (epoch_steps or 0))
+    if total < 1:
+        raise UsageError(f"steps={steps}, epochs={epochs} make {total} optimizer steps: at least 1 is needed")
+    return total

@@ -11,14 +11,18 @@ _HOME = {
     "EncodedTextChunk": "datum",
     "ForwardBackwardOutput": "datum",
     "LoraConfig": "datum",
+    "ModelInfo": "datum",
     "ModelInput": "datum",
     "OptimStepOutput": "datum",
     "SaveOutput": "datum",
     "EngineOptions": "engine",
+    "DamagedCheckpoint": "checkpoints",
     "Future": "futures",
     "LOSSES": "losses",
+    "ModelNotFound": "models",
     "ServiceClient": "clients",
     "TrainingClient": "clients",
+    "UnsupportedModel": "decoder",
 }
 __all__ = sorted(_HOME)
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from core import checkpoints
-from core.datum import AdamParams, Datum, ForwardBackwardOutput, LoraConfig, OptimStepOutput, SaveOutput
+from core.datum import AdamParams, Datum, ForwardBackwardOutput, LoraConfig, ModelInfo, OptimStepOutput, SaveOutput
 from core.door import check_config, check_custom, check_data
 from core.engine import Call, CustomLoss, Engine, EngineOptions, PassRequest
 from core.futures import Future
@@ -108,6 +108,20 @@ class TrainingClient:
         self.store = service.store
         self.training_run_id = service.new_training_run_id()
         self._finalizer = weakref.finalize(self, _release, key, self.engine, self.tenant, self.adapter)
+
+    def get_info(self) -> ModelInfo:
+        engine, decoder = self.engine, self.engine.decoder
+        return ModelInfo(
+            base_model=engine.base_model,
+            model_type=decoder.model.config.model_type,
+            hidden_size=decoder.embedding.shape[1],
+            vocab_size=decoder.vocab_size,
+            max_length=decoder.max_length,
+            num_parameters=decoder.num_parameters,
+            dtype=str(engine.dtype).removeprefix("torch."),
+            device=str(engine.device),
+            token_budget=engine.token_budget,
+        )
 
     def close(self) -> None:
         """Leave the engine; the last client frees the base model."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-TensorLike = torch.Tensor | Sequence[float] | Sequence[int]
+TensorLike: TypeAlias = "torch.Tensor | Sequence[float] | Sequence[int]"
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,23 @@ class OptimStepOutput:
 
 
 @dataclass
+class ModelInfo:
+    """What a recipe may want to know of the base model and the engine that holds it."""
+
+    base_model: str
+    model_type: str
+    hidden_size: int
+    vocab_size: int
+    max_length: int  # context, in tokens
+    num_parameters: int
+    dtype: str
+    device: str
+    token_budget: int  # tokens per micro-batch
+
+
+@dataclass
 class SaveOutput:
     """`path` is the tinker:// URI; `directory` the same place on this machine's disk."""
 
     path: str
     directory: str
-
-
-LossConfig = Mapping[str, Any]

@@ -161,8 +161,10 @@ def test_config_yaml_composes_to_itself(mine: Path) -> None:
         ("steps=1,2", "steps=1,2: several values for one run, give one"),
         (
             "data.path=a,b",
-            "data.path=a,b: several values for one run, give one; "
-            "a text with commas is quoted twice: 'data.path=\"a,b\"'",
+            (
+                "data.path=a,b: several values for one run, give one; "
+                "a text with commas is quoted twice: 'data.path=\"a,b\"'"
+            ),
         ),
         ("data.sources.a=much", "data.sources.a=much: Value 'much' of type 'str' could not be converted to Float"),
         ("steps={", "steps={: cannot read the value '{'; quote it: 'steps=\"{\"'"),
@@ -172,8 +174,10 @@ def test_config_yaml_composes_to_itself(mine: Path) -> None:
         ("~steps", "~steps: only entries of a mapping can be taken out; to unset a key write steps=null"),
         (
             "lora=16",
-            "lora=16: lora is a group of keys; "
-            "set one of lora.rank, lora.train_attn, lora.train_mlp, lora.train_unembed",
+            (
+                "lora=16: lora is a group of keys; set one of "
+                "lora.rank, lora.train_attn, lora.train_mlp, lora.train_unembed"
+            ),
         ),
         ("lora={rnk: 4}", "lora={rnk: 4}: Key 'rnk' not in 'LoraConfig'"),
         ("experiment=smok", "experiment=smok: no such experiment (did you mean smoke?); there are smoke, speedrun"),

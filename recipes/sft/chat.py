@@ -12,15 +12,18 @@ label smoothing, and example packing as an option (the engine always packs; sequ
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
-from cookbook.config import DataConfig, EngineConfig, EvalConfig, LogConfig, LoraConfig, ModelConfig, OptimConfig
+from cookbook.config import DataConfig, EngineConfig, LogConfig, LoraConfig, ModelConfig, OptimConfig
 from cookbook.data import load_supervised
+from cookbook.errors import UsageError
+from cookbook.memory import peak_memory_gb
 from cookbook.renderers import load_renderer
 from cookbook.run import Run
-from cookbook.schedule import default_learning_rate, learning_rate_at
-from cookbook.service import connect, start_trainer
-from core import AdamParams
+from cookbook.schedule import adam_at, default_learning_rate, total_steps
+from cookbook.service import connect, new_trainer, opened
+from core import Datum, ForwardBackwardOutput, Future, OptimStepOutput
 
 
 @dataclass
@@ -45,4 +48,97 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     log: LogConfig = field(default_factory=LogConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+def main(config: Config) -> None:
+    with Run(config, "sft/chat", best="eval/held_out/nll") as run:
+        service = connect(config.service, run.store, config.engine)
+        found = run.resume(lambda row: service.create_training_client_from_state_with_optimizer(run.location(row)).result())
+        loading = None if found else new_trainer(service, config.model, config.lora, config.seed, config.init_from)
+        renderer = load_renderer(config.model)  # while the model loads
+        data = load_supervised(
+            config.data, renderer, seed=config.seed, batch_size=config.batch_size, max_length=config.max_length,
+            console=run.console,
+        )  # fmt: skip
+        trainer = opened(loading) if loading else found[1]
+        info = trainer.get_info()
+        num_steps = total_steps(config.steps, config.epochs, data.epoch_steps)
+        peak = config.learning_rate or default_learning_rate(info.hidden_size, info.model_type, "sft")
+        run.record("engine.token_budget", info.token_budget)
+        run.note(f"{num_steps} steps of {config.batch_size} sequences, learning rate {peak:.3g}, {info.dtype} on {info.device}")
+
+        def submit(step: int) -> Submitted:
+            batch = mean_over_trained_tokens(data.batch(step))
+            gradient = trainer.forward_backward(batch, "cross_entropy", logprobs="weighted")
+            update = trainer.optim_step(adam_at(step, num_steps, peak, config.optim))
+            return Submitted(step, gradient, update, num_tokens=sum(d.model_input.length for d in batch))
+
+        def held_out() -> dict[str, float]:
+            batch = mean_over_trained_tokens(data.held_out)
+            return {"held_out/nll": trainer.forward(batch, "cross_entropy", logprobs="weighted").result().metrics["loss:sum"]}
+
+        if not found and data.held_out:
+            run.log_eval("before", held_out())
+        run.begin(num_steps)
+        start, num_tokens = (found[0]["step"], found[0]["loop"]["tokens"]) if found else (0, 0)
+        last_end = last_save = time.monotonic()
+        in_flight = submit(start) if start < num_steps else None
+        while in_flight:
+            now, done, final = in_flight, in_flight.step + 1, in_flight.step + 1 == num_steps
+            stop = run.should_stop
+            eval_due = bool(data.held_out) and (final or every(config.eval_every, done))
+            save_due = final or stop or every(config.save_every, done)
+            save_due |= 0 < 60 * config.save_minutes < time.monotonic() - last_save
+            # the next batch is in flight before this result is read, unless these weights are wanted first
+            in_flight = None if eval_due or save_due else submit(done)
+            nll, grad_norm = results(now, data.rows_of(now.step))
+            num_tokens += now.num_tokens
+            seconds, last_end = time.monotonic() - last_end, time.monotonic()
+            if eval_due:
+                run.log_eval("after" if final else "during", held_out())
+            run.log(done, {
+                "train/nll": nll, "optim/lr": adam_at(now.step, num_steps, peak, config.optim).learning_rate,
+                "optim/grad_norm": grad_norm, "progress/tokens": num_tokens, "progress/done_frac": done / num_steps,
+                "progress/epoch": done / (data.epoch_steps or num_steps), "time/step": seconds,
+                "perf/train_tokens_per_second": now.num_tokens / seconds, "perf/peak_memory_gb": peak_memory_gb(),
+            })  # fmt: skip
+            if save_due:
+                uri = trainer.save_state(f"{done:06d}", overwrite=True).result().path
+                run.checkpoint(done, uri, loop={"tokens": num_tokens})
+                last_save = time.monotonic()
+            if in_flight is None and not final and not stop:
+                last_end = time.monotonic()
+                in_flight = submit(done)
+
+
+@dataclass
+class Submitted:
+    """A step under way."""
+
+    step: int
+    gradient: Future[ForwardBackwardOutput]
+    update: Future[OptimStepOutput]
+    num_tokens: int
+
+
+def mean_over_trained_tokens(batch: list[Datum]) -> list[Datum]:
+    """The engine sums, the recipe averages: weights divided by their sum over the batch."""
+    total = sum(float(d.loss_fn_inputs["weights"].sum()) for d in batch)
+    return [Datum(d.model_input, {**d.loss_fn_inputs, "weights": d.loss_fn_inputs["weights"] / total}) for d in batch]
+
+
+def every(interval: int, done: int) -> bool:
+    return interval > 0 and done % interval == 0
+
+
+def results(now: Submitted, rows: list[str]) -> tuple[float, float]:
+    """(mean NLL per trained token, gradient norm). A step that went wrong names its rows; no weight has moved."""
+    nll = now.gradient.result().metrics["loss:sum"]
+    try:
+        return nll, now.update.result().metrics["grad_norm:mean"]
+    except FloatingPointError as error:
+        shown = ", ".join(rows[:4]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
+        raise UsageError(
+            f"step {now.step + 1}: loss {nll}, {error}; rows {shown}. The last checkpoint is good: lower learning_rate"
+            " (cook rerun), or look at these rows (cook data show)"
+        ) from error

@@ -1,0 +1,67 @@
+"""Where training happens: the engine in this process. A server's URL will give the same verbs over the wire."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cookbook import records
+from cookbook.config import EngineConfig, LoraConfig, ModelConfig
+from cookbook.errors import UsageError
+
+if TYPE_CHECKING:
+    from core import Future, ServiceClient, TrainingClient
+
+
+def connect(service: str, store: Path, engine: EngineConfig) -> ServiceClient:
+    """The service of a run; `store` is where its checkpoints go."""
+    if service != "local":
+        raise UsageError(f"service={service}: only service=local exists in this version")
+    from core import EngineOptions, ServiceClient
+
+    options = EngineOptions(engine.dtype, engine.device, engine.token_budget)
+    try:
+        options.resolve()
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(str(error)) from error
+    return ServiceClient(store, options)
+
+
+def new_trainer(
+    service: ServiceClient, model: ModelConfig, lora: LoraConfig, seed: int, init_from: str | None
+) -> Future[TrainingClient]:
+    """A fresh adapter, or one that starts from another run's weights (with that adapter's own rank and targets)."""
+    if init_from is None:
+        return service.create_lora_training_client(
+            model.name, lora.rank, seed, lora.train_mlp, lora.train_attn, lora.train_unembed
+        )
+    return service.create_training_client_from_state(adapter_directory(init_from), model.name)
+
+
+def adapter_directory(init_from: str) -> Path:
+    """The adapter that `init_from` means: a run (its newest checkpoint), a checkpoint's URI in ./runs, or a directory."""
+    if init_from.startswith("tinker://"):
+        tail = init_from.removeprefix("tinker://")
+        found = sorted(Path("runs").glob(f"*/checkpoints/{tail}"))
+        if not found:
+            raise UsageError(f"init_from={init_from}: no run under ./runs holds this checkpoint; give its directory")
+        return found[-1]
+    directory = next((path for path in (Path(init_from).expanduser(), Path("runs") / init_from) if path.is_dir()), None)
+    if directory is None:
+        raise UsageError(f"init_from={init_from}: no such directory, and no such run under ./runs")
+    if (directory / "adapter_config.json").exists():
+        return directory
+    rows = records.read_rows(directory / "checkpoints.jsonl")
+    for row in reversed(rows):
+        checkpoint = directory / str(row["path"])
+        if (checkpoint / "adapter_config.json").exists():
+            return checkpoint
+    raise UsageError(f"init_from={init_from}: neither a run with a checkpoint nor an adapter directory")
+
+
+def opened(trainer: Future[TrainingClient]) -> TrainingClient:
+    """Wait for the client; what the engine refuses becomes the user's one line."""
+    try:
+        return trainer.result()
+    except ValueError as error:  # unknown model, unsupported architecture, a checkpoint of another base
+        raise UsageError(" ".join(str(error).split())) from error

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import socket
+import urllib.parse
+import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,14 +29,37 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         source = local_model(name)
     except ModelNotFound as error:
         raise UsageError(str(error)) from error
+    is_local = Path(source).is_dir()
+    offline = not is_local and not hub_answers()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
     except (OSError, ValueError) as error:
-        why = "it cannot be loaded" if Path(source).is_dir() else "no such id, no access, or no network"
+        if offline:
+            raise UsageError(
+                f"no network, and model '{name}' is not in the local cache: connect once to fetch it"
+            ) from error
+        why = "it cannot be loaded" if is_local else "no such id, or no access to it"
         raise UsageError(f"no tokenizer for model '{name}' ({why}): {str(error).strip().splitlines()[0]}") from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise UsageError(f"model '{name}' has a {type(tokenizer).__name__}; a fast one (tokenizer.json) is needed")
     return tokenizer
+
+
+def hub_answers() -> bool:
+    """Whether the hub can be reached; without this question its client retries for a minute before it gives up."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if urllib.request.getproxies():
+        return True  # the client goes another way than we could try
+    url = urllib.parse.urlsplit(constants.ENDPOINT)
+    port = url.port or {"http": 80}.get(url.scheme, 443)
+    try:
+        with socket.create_connection((url.hostname or "", port), timeout=3):
+            return True
+    except OSError:
+        return False
 
 
 def choose_template(tokenizer: PreTrainedTokenizerFast, model: ModelConfig) -> tuple[str, str | None]:

@@ -500,3 +500,12 @@ def test_mistakes_in_the_model_group_are_one_line(smollm2, tmp_path):
     with pytest.raises(UsageError) as error:
         smollm2.build_supervised_example([{"role": "user", "content": "a"}], train_on="al")
     assert str(error.value) == "train_on is 'al', expected one of last, all, everything, flags, did you mean 'all'?"
+
+
+def test_without_a_network_an_unknown_hub_model_is_refused_at_once(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # what HF_HUB_OFFLINE=1 sets on import
+    with pytest.raises(UsageError) as error:
+        load_renderer(ModelConfig(name="nobody/nothing"))
+    assert str(error.value) == (
+        "no network, and model 'nobody/nothing' is not in the local cache: connect once to fetch it"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -47,8 +48,16 @@ class Checkpoints:
         rated = [row for row in self.rows if math.isfinite(self._rating(row))]
         return min(rated, key=self._rating, default=None)
 
+    def beaten_by(self, metrics: Mapping[str, float]) -> bool:
+        """Whether weights with these metrics would be the best."""
+        best = self.best
+        return self._rate(metrics) < (self._rating(best) if best else math.inf)
+
     def _rating(self, row: CheckpointRow) -> float:
-        value = row["metrics"].get(self.best_metric) if self.best_metric else None
+        return self._rate(row["metrics"])
+
+    def _rate(self, metrics: Mapping[str, float]) -> float:
+        value = metrics.get(self.best_metric) if self.best_metric else None
         return math.inf if value is None or math.isnan(float(value)) else self.best_sign * float(value)
 
     def add(self, row: CheckpointRow) -> None:
@@ -66,10 +75,11 @@ class Checkpoints:
         self.rows = kept
 
     def _sweep(self, up_to: float) -> None:
-        """Delete step checkpoints in RUN/checkpoints that no row knows; names but numbers are somebody else's."""
+        """Delete step checkpoints in RUN/checkpoints that no row knows, half-written ones too; other names stay."""
         known = {path.resolve() for row in self.rows if (path := self.directory(row))}
         for directory in (self.run_dir / "checkpoints").glob("*/weights/*"):
-            if directory.name.isdigit() and int(directory.name) <= up_to and directory.resolve() not in known:
+            step = re.fullmatch(r"(\d+)|\.(\d+)\..+", directory.name)  # 000020, or .000020.x8f2 on its way to that name
+            if step and int(step[1] or step[2]) <= up_to and directory.resolve() not in known:
                 shutil.rmtree(directory, ignore_errors=True)
 
     def load_newest(

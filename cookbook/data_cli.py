@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from cookbook.config import DataConfig, ModelConfig
@@ -82,22 +83,27 @@ def check_rows(config: RecipeConfig, renderer: Renderer, console: Console) -> in
 
 
 def show_rows(config: RecipeConfig, renderer: Renderer, rows: int, console: Console) -> None:
-    from rich.text import Text
-
     read, name = prepare(config.data, renderer, config.max_length)
     report = RowReport(name)
     shown = list(itertools.islice(read(report), rows))
     for line in report.detected:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if not shown:
+        report.refuse_bad(config.data.max_bad)
+    print_sequences(list(itertools.chain.from_iterable(shown)), renderer, console)
+
+
+def print_sequences(sequences: Sequence[TokenSequence], renderer: Renderer, console: Console) -> None:
+    """Each sequence as the model sees it under a line of counts, and how trained tokens are marked."""
+    from rich.text import Text
+
     coloured = console.color_system is not None and not console.no_color
-    for sequence in itertools.chain.from_iterable(shown):
+    for sequence in sequences:
         trained = _trained(sequence)
         share = sum(trained) / len(trained)
         head = f"{sequence.label}: {len(trained):,} tokens, {sum(trained):,} trained ({share:.0%})"
         console.rule(Text(head), align="left")
         console.print(_marked(sequence, trained, renderer, coloured), soft_wrap=True)
-    if not shown:
-        report.refuse_bad(config.data.max_bad)
     mark = Text("coloured", style=TRAINED_STYLE) if coloured else Text("[[in brackets]]")
     console.print(Text.assemble("trained tokens are ", mark), highlight=False)
 

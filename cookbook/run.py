@@ -101,9 +101,8 @@ class Run:
         rows = records.keep_rows(self.metrics_file, lambda row: "progress/step" in row)
         self.step: int = rows[-1]["progress/step"] if rows else 0  # the last one logged
         self.evals: dict[str, dict[str, float]] = {}  # before, during (the latest), after
-        self._read_before(rows)
         self._pending: dict[str, float] = {}  # evaluated, waiting for the row of its step
-        self._rated: tuple[int, dict[str, float]] = (-1, {})  # step and values of the latest evaluation
+        self._read_evals(rows)
         self._total: int | None = None
         self._seconds_before, self._started = 0.0, time.monotonic()
         self._result: Result | None = None
@@ -151,7 +150,7 @@ class Run:
                 file.unlink()
         (self.dir / "result.json").unlink(missing_ok=True)  # it spoke of an earlier end
         self.evals = {}
-        self._read_before(rows)
+        self._read_evals(rows)
         if found:
             self._seconds_before, self._started = float(found[0]["loop"].get("seconds", 0.0)), time.monotonic()
             self.note(f"resuming after step {self.step} ({found[0]['uri']})")
@@ -190,7 +189,7 @@ class Run:
         is amended at the next checkpoint or the end.
         """
         named = {key if key.startswith("eval/") else f"eval/{key}": value for key, value in metrics.items()}
-        self.evals[phase] = {key.removeprefix("eval/"): value for key, value in named.items()}
+        self.evals[phase] = _short_names(named)
         if phase != "before":
             self._pending = {**self._pending, **named}
             return
@@ -199,6 +198,11 @@ class Run:
         records.write_rows(self.metrics_file, [{"progress/step": 0, **named}])
         self._rated = (0, named)
         self._show({"progress/step": 0, **named})
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the evaluation just logged beats every checkpoint's: these weights deserve one of their own."""
+        return self.checkpoints.beaten_by(self._pending or self._rated[1])
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Metrics of one step, right after it: one line of metrics.jsonl, one call of W&B, the display."""
@@ -255,6 +259,8 @@ class Run:
         if status is None:
             early = self.should_stop and (self._total is None or self.step < self._total)
             status = "interrupted" if early else "completed"
+        if status == "completed" and self._rated[0] == self.step > 0:  # a session that found the run complete
+            self.evals.setdefault("after", _short_names(self._rated[1]))
         result = self._result = self._write_result(status, steps=steps, checkpoint=checkpoint)
         self._close_display(result)
         return result
@@ -346,10 +352,21 @@ class Run:
         self._rated, self._pending = (self.step, self._pending), {}
         self._show({"progress/step": self.step, **self._rated[1]})
 
-    def _read_before(self, rows: list[records.Row]) -> None:
-        if rows and rows[0]["progress/step"] == 0:
-            named = {key.removeprefix("eval/"): value for key, value in rows[0].items() if key.startswith("eval/")}
-            self.evals["before"] = {key: float(v) if v in records.NOT_FINITE else v for key, v in named.items()}
+    def _read_evals(self, rows: list[records.Row]) -> None:
+        """Of an earlier session: the evaluation before step 1, and the latest one with its step."""
+        self._rated: tuple[int, dict[str, float]] = (-1, {})
+        for row in [*rows[:1], *rows[-1:]]:
+            named = {key: value for key, value in row.items() if key.startswith("eval/")}
+            named = {key: float(v) if v in records.NOT_FINITE else v for key, v in named.items()}
+            if named:
+                self._rated = (row["progress/step"], named)
+            if row["progress/step"] == 0:
+                self.evals["before"] = _short_names(named)
+
+
+def _short_names(metrics: Mapping[str, float]) -> dict[str, float]:
+    """eval/held_out/nll -> held_out/nll."""
+    return {key.removeprefix("eval/"): value for key, value in metrics.items()}
 
 
 def _run_directory(config: RunConfig, recipe: str) -> Path:

@@ -10,7 +10,7 @@ from cookbook.config import OptimConfig
 from cookbook.errors import UsageError
 
 if TYPE_CHECKING:
-    from core import AdamParams
+    from core import AdamParams, ModelInfo
 
 SCHEDULES = ("constant", "linear", "cosine")
 RECIPE_FACTORS = {"sft": 1.0, "rl": 0.15, "dpo": 0.05}
@@ -21,10 +21,7 @@ def learning_rate_at(step: int, total_steps: int, peak: float, optim: OptimConfi
 
     The warm-up starts at peak / warmup_steps, not at 0: a first step that moves nothing would be wasted.
     """
-    if optim.schedule not in SCHEDULES:
-        near = difflib.get_close_matches(optim.schedule, SCHEDULES, n=1)
-        guess = f", did you mean {near[0]}?" if near else ""
-        raise UsageError(f"optim.schedule={optim.schedule} is unknown{guess} (it is one of {', '.join(SCHEDULES)})")
+    _check_schedule(optim)
     warmup_steps = min(optim.warmup_steps, total_steps)
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
@@ -43,6 +40,33 @@ def default_learning_rate(hidden_size: int, model_type: str, recipe: Literal["sf
     """
     exponent = 0.0775 if model_type.lower().startswith("qwen") else 0.781
     return 5e-5 * 10 * (2000 / hidden_size) ** exponent * RECIPE_FACTORS[recipe]
+
+
+def peak_learning_rate(
+    given: float | None, optim: OptimConfig, info: ModelInfo, recipe: Literal["sft", "rl", "dpo"]
+) -> float:
+    """The rate asked for, else the model's default; what no step could be taken with is refused before the first."""
+    _check_schedule(optim)
+    at_least_0 = {
+        "learning_rate": given, "optim.warmup_steps": optim.warmup_steps, "optim.min_ratio": optim.min_ratio,
+        "optim.weight_decay": optim.weight_decay, "optim.grad_clip_norm": optim.grad_clip_norm,
+    }  # fmt: skip
+    for key, value in at_least_0.items():
+        if value is not None and not 0 <= value < math.inf:
+            raise UsageError(f"{key}={value:g}: expected a number from 0 on")
+    for key, value in (("optim.beta1", optim.beta1), ("optim.beta2", optim.beta2)):
+        if not 0 <= value < 1:
+            raise UsageError(f"{key}={value:g}: expected a number from 0 on, below 1")
+    if not 0 < optim.eps < math.inf:
+        raise UsageError(f"optim.eps={optim.eps:g}: expected a number above 0")
+    return default_learning_rate(info.hidden_size, info.model_type, recipe) if given is None else given
+
+
+def _check_schedule(optim: OptimConfig) -> None:
+    if optim.schedule not in SCHEDULES:
+        near = difflib.get_close_matches(optim.schedule, SCHEDULES, n=1)
+        guess = f", did you mean {near[0]}?" if near else ""
+        raise UsageError(f"optim.schedule={optim.schedule} is unknown{guess} (it is one of {', '.join(SCHEDULES)})")
 
 
 def adam_at(step: int, total_steps: int, peak: float, optim: OptimConfig) -> AdamParams:

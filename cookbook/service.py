@@ -10,7 +10,7 @@ from cookbook.config import EngineConfig, LoraConfig, ModelConfig
 from cookbook.errors import UsageError
 
 if TYPE_CHECKING:
-    from core import Future, ServiceClient, TrainingClient
+    from core import Future, ModelInfo, ServiceClient, TrainingClient
 
 
 def connect(service: str, store: Path, engine: EngineConfig) -> ServiceClient:
@@ -57,6 +57,15 @@ def adapter_directory(init_from: str) -> Path:
         if (checkpoint / "adapter_config.json").exists():
             return checkpoint
     raise UsageError(f"init_from={init_from}: neither a run with a checkpoint nor an adapter directory")
+
+
+def check_context(max_length: int, info: ModelInfo) -> None:
+    """Refuse sequences that the model has no positions for, before a long row comes up in the middle of the run."""
+    if max_length > info.max_length:
+        raise UsageError(
+            f"max_length={max_length}, but the context of {info.base_model} is {info.max_length} tokens:"
+            f" set max_length={info.max_length} or less"
+        )
 
 
 def opened(trainer: Future[TrainingClient]) -> TrainingClient:

@@ -177,13 +177,14 @@ class _Grouped(torch.autograd.Function):
             d = _gather_out_grad(d_heads, group, heads)
             dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
             for rows, keys in _blocks(group.length, heads.group):
+                beta = 0.0 if group.length <= BLOCK else 1.0  # a single block need not read what it adds to
                 block_k, block_v = k[:, :keys], v[:, :keys]
                 weights = kept if kept is not None else _weights(q[:, rows], block_k, keys, heads.group, ctx.scaling)
-                dv[:, :keys].baddbmm_(weights.transpose(1, 2), d[:, rows])
+                dv[:, :keys].baddbmm_(weights.transpose(1, 2), d[:, rows], beta=beta)
                 d_weights = torch.bmm(d[:, rows], block_v.transpose(1, 2))
                 d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
                 torch.bmm(d_scores, block_k, out=dq[:, rows])
-                dk[:, :keys].baddbmm_(d_scores.transpose(1, 2), q[:, rows], alpha=ctx.scaling)
+                dk[:, :keys].baddbmm_(d_scores.transpose(1, 2), q[:, rows], alpha=ctx.scaling, beta=beta)
             grads += [dq.mul_(ctx.scaling).view(-1, heads.size), dk.view(-1, heads.size), dv.view(-1, heads.size)]
         d_qkv = torch.cat(grads).index_select(0, layout.grad_index)
         return d_qkv.view_as(qkv), None, None
@@ -227,7 +228,8 @@ def _weights(q: torch.Tensor, k: torch.Tensor, num_keys: int, group: int, scalin
         allowed = torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
         mask = torch.zeros(num_queries, num_keys).masked_fill_(~allowed, float("-inf"))
         mask = _masks[key] = mask.repeat_interleave(group, 0).to(q.device, q.dtype)
-    return torch.softmax(torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scaling), dim=-1)
+    scores = torch.bmm(q, k.transpose(1, 2))  # not baddbmm: it would first copy the mask to every head
+    return torch.softmax(torch.add(mask, scores, alpha=scaling, out=scores), dim=-1)
 
 
 VarlenKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, float], torch.Tensor]

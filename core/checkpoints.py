@@ -20,6 +20,7 @@ from core.lora import ALPHA, Adapter
 FORMAT = 1
 KINDS = ("weights", "sampler_weights", "external_weights")
 _PREFIX = "base_model.model."
+_BAD_JSON = (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError)
 
 
 class DamagedCheckpoint(ValueError):
@@ -52,16 +53,20 @@ def write_atomically(target: Path, fill: Callable[[Path], None]) -> None:
     """`fill` a directory beside `target`, sync it, rename it; on any error nothing is left behind."""
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    old = aside.with_name(aside.name + ".old")
     try:
         aside.chmod(0o755)
         fill(aside)
         for file in [*aside.iterdir(), aside]:
             _sync(file)
-        if target.exists():
-            shutil.rmtree(target)
+        if target.exists():  # moved, then removed: whatever the moment of a crash, `target` is whole or not there
+            target.rename(old)
         aside.rename(target)
         _sync(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
         shutil.rmtree(aside, ignore_errors=True)
         raise
 
@@ -125,8 +130,8 @@ def read_state(directory: Path) -> dict:
             raise ValueError(f"{directory} has checkpoint format {state['format']}, this version reads {FORMAT}")
         state["lora"] = LoraConfig(**state["lora"])
         return state
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise DamagedCheckpoint(f"checkpoint {directory} is damaged: state.json: {error}") from error
+    except (OSError, *_BAD_JSON) as error:
+        raise DamagedCheckpoint(f"checkpoint {directory} is damaged: state.json: {error!r}") from error
 
 
 def read_lora_config(directory: Path) -> LoraConfig:
@@ -136,8 +141,8 @@ def read_lora_config(directory: Path) -> LoraConfig:
     try:
         config = json.loads((directory / "adapter_config.json").read_text())
         rank, alpha, modules = config["r"], config["lora_alpha"], set(config["target_modules"])
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise DamagedCheckpoint(f"{directory} is no adapter directory: adapter_config.json: {error}") from error
+    except (OSError, *_BAD_JSON) as error:
+        raise DamagedCheckpoint(f"{directory} is no adapter directory: adapter_config.json: {error!r}") from error
     if alpha != ALPHA or config.get("use_rslora") or config.get("rank_pattern") or config.get("alpha_pattern"):
         raise ValueError(f"{directory}: lora_alpha={alpha} (scaled per module or not); this engine needs plain lora_alpha=32")
     kinds = ({"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}, {"lm_head"})
@@ -145,8 +150,19 @@ def read_lora_config(directory: Path) -> LoraConfig:
     return LoraConfig(rank=rank, train_attn=attn, train_mlp=mlp, train_unembed=unembed)
 
 
+def read_base_model(directory: Path) -> str:
+    """The name of the base model that an adapter directory was trained on."""
+    try:
+        return str(json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"])
+    except (OSError, *_BAD_JSON) as error:
+        raise DamagedCheckpoint(f"checkpoint {directory} is damaged: adapter_config.json: {error!r}") from error
+
+
 def load(adapter: Adapter, directory: Path, base_model: str, base_fingerprint: str, with_optimizer: bool) -> None:
-    """Fill `adapter`, which must have the checkpoint's geometry. Raises DamagedCheckpoint, or ValueError with both sides."""
+    """Fill `adapter`, which must have the checkpoint's geometry; what it had accumulated is dropped.
+
+    Raises DamagedCheckpoint, or ValueError with both sides, before anything is changed.
+    """
     ours = (directory / "state.json").exists()
     if ours:
         state = read_state(directory)
@@ -162,24 +178,34 @@ def load(adapter: Adapter, directory: Path, base_model: str, base_fingerprint: s
     if set(tensors) != expected:
         odd = sorted(set(tensors) ^ expected)
         raise ValueError(f"checkpoint {directory} and this adapter differ in {len(odd)} tensors, first {odd[0]}")
+    pairs = []
     for name, a, b in adapter.factors():
         for view, key in ((a, "A"), (b, "B")):
             tensor = tensors[f"{_PREFIX}{name}.lora_{key}.weight"]
             if tensor.shape != view.shape:
                 raise ValueError(f"checkpoint {directory}: {name} lora_{key} is {list(tensor.shape)}, this adapter has {list(view.shape)}")
-            view.copy_(tensor)
+            pairs.append((view, tensor))
+    moments = _read_moments(directory, adapter) if with_optimizer else {}
+    for view, tensor in pairs:
+        view.copy_(tensor)
     adapter.version += 1
+    adapter.clear_grad()
     if with_optimizer:
-        moments = _read(directory / "optimizer.safetensors")
-        try:
-            adapter.exp_avg.copy_(moments["exp_avg"])
-            adapter.exp_avg_sq.copy_(moments["exp_avg_sq"])
-        except (KeyError, RuntimeError) as error:
-            raise DamagedCheckpoint(f"checkpoint {directory} is damaged: optimizer.safetensors: {error}") from error
+        adapter.exp_avg.copy_(moments["exp_avg"])
+        adapter.exp_avg_sq.copy_(moments["exp_avg_sq"])
         if "grad" in moments:
             adapter.grad.copy_(moments["grad"])
             adapter.has_grad = True
         adapter.step = state["step"]
+
+
+def _read_moments(directory: Path, adapter: Adapter) -> dict[str, torch.Tensor]:
+    moments = _read(directory / "optimizer.safetensors")
+    shapes = {key: list(tensor.shape) for key, tensor in moments.items()}
+    if not {"exp_avg", "exp_avg_sq"} <= shapes.keys() or any(s != list(adapter.params.shape) for s in shapes.values()):
+        expected = f"exp_avg and exp_avg_sq of {list(adapter.params.shape)}"
+        raise DamagedCheckpoint(f"checkpoint {directory} is damaged: optimizer.safetensors holds {shapes}, expected {expected}")
+    return moments
 
 
 def _read(file: Path) -> dict[str, torch.Tensor]:

@@ -14,12 +14,12 @@ from pathlib import Path
 from core import checkpoints
 from core.datum import AdamParams, Datum, ForwardBackwardOutput, LoraConfig, ModelInfo, OptimStepOutput, SaveOutput
 from core.door import check_config, check_custom, check_data
-from core.engine import Call, CustomLoss, Engine, EngineOptions, PassRequest
+from core.engine import Call, CustomLoss, Engine, EngineOptions, PassRequest, Tenant
 from core.futures import Future
 from core.lora import Adapter
 
 _engines: dict[tuple, tuple[Engine, int]] = {}  # (base model, dtype, device) -> engine and its number of clients
-_engines_lock = threading.Lock()
+_engines_lock = threading.RLock()  # re-entered when a collected client's finalizer runs in a thread that holds it
 
 
 @atexit.register
@@ -37,7 +37,7 @@ def _acquire(base_model: str, options: EngineOptions) -> tuple[tuple, Engine]:
     return key, engine
 
 
-def _release(key: tuple, engine: Engine, tenant, adapter: Adapter) -> None:
+def _release(key: tuple, engine: Engine, tenant: Tenant, adapter: Adapter | None) -> None:
     engine.leave(tenant, adapter)
     with _engines_lock:
         _, count = _engines[key]
@@ -77,10 +77,12 @@ class ServiceClient:
     def _restore(self, path: str | Path, base_model: str | None, with_optimizer: bool) -> TrainingClient:
         directory = checkpoints.resolve(path, self.store)
         config = checkpoints.read_lora_config(directory)
-        if base_model is None:
-            base_model = json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"]
-        client = TrainingClient(self, str(base_model), config)
-        checkpoints.load(client.adapter, directory, client.engine.base_model, client.engine.fingerprint, with_optimizer)
+        client = TrainingClient(self, base_model or checkpoints.read_base_model(directory), config)
+        try:
+            checkpoints.load(client.adapter, directory, client.engine.base_model, client.engine.fingerprint, with_optimizer)
+        except BaseException:
+            client.close()
+            raise
         return client
 
     def _in_background(self, make) -> Future[TrainingClient]:
@@ -103,11 +105,12 @@ class TrainingClient:
         try:
             self.adapter = Adapter(config, self.engine.geometry(config), self.engine.device)
         except BaseException:
-            _release(key, self.engine, self.tenant, None)  # type: ignore[arg-type]
+            _release(key, self.engine, self.tenant, None)
             raise
         self.store = service.store
         self.training_run_id = service.new_training_run_id()
         self._finalizer = weakref.finalize(self, _release, key, self.engine, self.tenant, self.adapter)
+        self._finalizer.atexit = False  # at exit _stop_engines must still find the engine, to wait for its thread
 
     def get_info(self) -> ModelInfo:
         engine, decoder = self.engine, self.engine.decoder
@@ -136,7 +139,7 @@ class TrainingClient:
     ) -> Future[ForwardBackwardOutput]:
         """Add the gradient of the summed loss over `data`; nothing moves until optim_step.
 
-        logprobs="weighted" skips the head at positions of weight 0 and returns 0.0 there.
+        logprobs="weighted" skips the head at positions of weight 0 (and mask 0, for gspo) and returns 0.0 there.
         """
         return self._pass(data, loss_fn, loss_fn_config, logprobs, train=True)
 

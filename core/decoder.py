@@ -20,10 +20,14 @@ from core.head import UNEMBED, Head, Part, run_head
 from core.lora import Geometry, Matrix, Segment, Site
 from core.objective import Objective
 
+_BACKBONE = {"embed_tokens", "layers", "norm", "rotary_emb"}
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-_UNHONOURED = ("attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "embedding_multiplier", "residual_multiplier")
+_UNHONOURED = (
+    "attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "logits_scaling", "embedding_multiplier", "residual_multiplier",
+)  # fmt: skip
+_BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 class UnsupportedModel(ValueError):
@@ -51,6 +55,8 @@ class Decoder:
         config = model.config
         self._refuse_unhonoured(config)
         backbone = model.get_decoder() if hasattr(model, "get_decoder") else model.model
+        _expect(type(model).__name__, backbone, _BACKBONE)
+        _expect_layer(f"{type(model).__name__} layer 0", backbone.layers[0])
         self.embedding = model.get_input_embeddings().weight
         self.rotary = backbone.rotary_emb
         self.vocab_size = self.embedding.shape[0]
@@ -80,15 +86,18 @@ class Decoder:
         for key in _UNHONOURED:
             if getattr(config, key, None) not in (None, 1, 1.0):
                 raise UnsupportedModel(f"{kind}: {key}={getattr(config, key)} is not supported")
+        rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+        if rope in _BATCH_DEPENDENT_ROPE:
+            raise UnsupportedModel(f"{kind}: rope_type={rope} is not supported (angles that depend on the longest sequence of a batch)")
+        if not all(getattr(config, "no_rope_layers", None) or [True]):  # 0: a layer without rotary embedding
+            raise UnsupportedModel(f"{kind}: layers without rotary embedding (no_rope_layers) are not supported")
         if getattr(config, "hidden_act", "silu") not in ("silu", "swish"):
             raise UnsupportedModel(f"{kind}: hidden_act={config.hidden_act} is not supported (silu only)")
 
     def _layer(self, index: int, layer: nn.Module, names: dict[int, str]) -> Layer:
         where = f"{type(self.model).__name__} layer {index}"
-        _expect(where, layer, _LAYER)
+        _expect_layer(where, layer)
         attention, mlp = layer.self_attn, layer.mlp
-        _expect(f"{where} self_attn", attention, _ATTENTION, optional={"q_norm", "k_norm", "rotary_fn"})
-        _expect(f"{where} mlp", mlp, _MLP)
         if any(True for _ in attention.parameters(recurse=False)):
             raise UnsupportedModel(f"{where}: self_attn has parameters of its own (attention sinks?)")
 
@@ -193,10 +202,16 @@ def _run_layer(x: torch.Tensor, layer: Layer, batch: Batch) -> torch.Tensor:
     return Mlp.apply(x, layer, batch)
 
 
+def _expect_layer(where: str, layer: nn.Module) -> None:
+    _expect(where, layer, _LAYER)
+    _expect(f"{where} self_attn", layer.self_attn, _ATTENTION, optional={"q_norm", "k_norm", "rotary_fn"})
+    _expect(f"{where} mlp", layer.mlp, _MLP)
+
+
 def _expect(where: str, module: nn.Module, names: set[str], optional: set[str] = frozenset()) -> None:
     found = {name for name, _ in module.named_children()}
     if missing := names - found:
-        raise UnsupportedModel(f"{where} ({type(module).__name__}) lacks {sorted(missing)}: not a Llama-like decoder layer")
+        raise UnsupportedModel(f"{where} ({type(module).__name__}) lacks {sorted(missing)}: not a Llama-like decoder")
     if extra := found - names - optional:
         raise UnsupportedModel(f"{where} ({type(module).__name__}) has {sorted(extra)}, which the engine does not compute")
 

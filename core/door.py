@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from core.datum import Datum
+from core.datum import Datum, TensorLike
 from core.losses import LOSSES
 
 
@@ -45,15 +45,15 @@ def check_data(data: Sequence[Datum], loss_fn: str, vocab_size: int, max_length:
 
 
 def _check(datum: Datum, where: str, loss_fn: str, vocab_size: int, max_length: int) -> Sequenced:
-    tokens = torch.tensor(datum.model_input.to_ints(), dtype=torch.int64)
-    n = len(tokens)
+    n = datum.model_input.length
     if n == 0:
         raise ValueError(f"{where} has no input tokens")
     if n > max_length:
         raise ValueError(f"{where} has {n} input tokens, the model's context is {max_length}")
+    tokens = _tensor(datum.model_input.to_ints(), torch.int64, f"{where}.model_input")
     _check_keys(datum, where, loss_fn)
     _check_vocabulary(tokens, f"{where}.model_input", vocab_size)
-    targets = torch.as_tensor(datum.loss_fn_inputs["target_tokens"], dtype=torch.int64)
+    targets = _tensor(datum.loss_fn_inputs["target_tokens"], torch.int64, f"{where}.loss_fn_inputs['target_tokens']")
     _check_length(targets, f"{where}.loss_fn_inputs['target_tokens']", n)
     if targets.dim() == 2 and loss_fn != "cross_entropy":
         raise ValueError(f"{where}.loss_fn_inputs['target_tokens'] has shape {list(targets.shape)}; {loss_fn} takes one target per position")
@@ -62,7 +62,8 @@ def _check(datum: Datum, where: str, loss_fn: str, vocab_size: int, max_length: 
     for key, raw in datum.loss_fn_inputs.items():
         if key == "target_tokens":
             continue
-        name, value = f"{where}.loss_fn_inputs['{key}']", torch.as_tensor(raw, dtype=torch.float32)
+        name = f"{where}.loss_fn_inputs['{key}']"
+        value = _tensor(raw, torch.float32, name)
         _check_length(value, name, n)
         if value.shape != targets.shape:
             raise ValueError(f"{name} has shape {list(value.shape)}, target_tokens has {list(targets.shape)}")
@@ -82,8 +83,21 @@ def _check_keys(datum: Datum, where: str, loss_fn: str) -> None:
         raise ValueError(f"{where}.loss_fn_inputs has {sorted(extra)}, which {loss_fn} does not know")
 
 
+def _tensor(raw: TensorLike, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """A copy: the caller may reuse its own buffer while the request waits."""
+    try:
+        value = torch.as_tensor(raw)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} is not an array of numbers: {error}") from error
+    if dtype == torch.int64 and value.is_floating_point() and value.numel():  # [] is float
+        raise ValueError(f"{name} holds {value.dtype}, expected whole numbers")
+    return value.detach().to("cpu", dtype, copy=True)
+
+
 def _check_length(value: torch.Tensor, name: str, n: int) -> None:
-    if value.dim() not in (1, 2) or len(value) != n:
+    if value.dim() > 2 or (value.dim() == 2 and value.shape[1] == 0):
+        raise ValueError(f"{name} has shape {list(value.shape)}, expected [{n}] or [{n}, K]")
+    if value.dim() == 0 or len(value) != n:
         found = len(value) if value.dim() else 1
         raise ValueError(f"{name} has {found} values for {n} input tokens")
 

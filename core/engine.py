@@ -21,13 +21,14 @@ from core.datum import Datum, ForwardBackwardOutput
 from core.decoder import Decoder
 from core.door import Sequenced
 from core.futures import Future
-from core.lora import Adapter, ComputeCopies, Geometry
+from core.lora import Adapter, ComputeCopies, Geometry, Segment
 from core.models import fingerprint, load_base
 from core.objective import Objective, Term
 from core.packing import Item, cut, lay_out
 
 log = logging.getLogger("cook.engine")
 CPU_TOKEN_BUDGET = 1024  # tokens per micro-batch: products run at full speed from about 500 rows, memory grows with it
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 CustomLoss = Callable[[Sequence[Datum], list[torch.Tensor]], tuple[torch.Tensor, dict[str, float]]]
 
 
@@ -76,7 +77,10 @@ class PassRequest:
     def _wanted(self, datum: Sequenced) -> torch.Tensor | None:
         if not self.weighted_only or "weights" not in datum.inputs:
             return None
-        return (datum.inputs["weights"] != 0).any(dim=1).nonzero().squeeze(1)
+        wanted = datum.inputs["weights"] != 0
+        if "sequence_ratio_mask" in datum.inputs:  # gspo's ratio also reads positions that are not trained
+            wanted = wanted | (datum.inputs["sequence_ratio_mask"] != 0)
+        return wanted.any(dim=1).nonzero().squeeze(1)
 
 
 @dataclass
@@ -87,11 +91,12 @@ class Call:
     future: Future
 
 
-@dataclass
+@dataclass(eq=False)  # two idle tenants are still two
 class Tenant:
     """One client's queue."""
 
     queue: deque[PassRequest | Call] = field(default_factory=deque)
+    left: bool = False
 
 
 class Engine:
@@ -126,15 +131,24 @@ class Engine:
             self._tenants.append(tenant)
         return tenant
 
-    def leave(self, tenant: Tenant, adapter: Adapter) -> None:
+    def leave(self, tenant: Tenant, adapter: Adapter | None) -> None:
+        """What the client has submitted still runs; then its slot goes."""
+
+        def forget() -> None:
+            with self._wake:
+                self._tenants.remove(tenant)
+            if adapter is not None:
+                self.copies.forget(adapter)
+
         with self._wake:
-            self._tenants.remove(tenant)
-            self.copies.forget(adapter)
+            tenant.left = True
+            tenant.queue.append(Call(forget, Future()))
+            self._wake.notify()
 
     def submit(self, tenant: Tenant, operation: PassRequest | Call) -> None:
         with self._wake:
-            if self._stopping:
-                raise RuntimeError("this engine was stopped with its last client")
+            if tenant.left or self._stopping:
+                raise RuntimeError("this training client is closed")
             tenant.queue.append(operation)
             self._wake.notify()
 
@@ -153,23 +167,28 @@ class Engine:
         self._thread.join()
 
     def _serve(self) -> None:
-        while True:
-            with self._wake:
-                while not any(tenant.queue for tenant in self._tenants):
-                    if self._stopping:
-                        return
-                    self._wake.wait()
-                heads = [tenant.queue.popleft() for tenant in self._tenants if tenant.queue]
-            calls = [operation for operation in heads if isinstance(operation, Call)]
-            requests = [operation for operation in heads if isinstance(operation, PassRequest)]
-            for call in calls:
-                call.future.resolve(call.work)
-            customs = [request for request in requests if request.custom is not None]
-            for request in customs:
-                self._guard([request], lambda request=request: self._run_custom(request))
-            plain = [request for request in requests if request.custom is None]
-            if plain:
-                self._guard(plain, lambda plain=plain: self._run_pass(plain))
+        while self._serve_heads():
+            pass
+
+    def _serve_heads(self) -> bool:
+        """Wait for work and do the first operation of every queue; False at the end. (No local outlives it: adapters are large.)"""
+        with self._wake:
+            while not any(tenant.queue for tenant in self._tenants):
+                if self._stopping:
+                    return False
+                self._wake.wait()
+            heads = [tenant.queue.popleft() for tenant in self._tenants if tenant.queue]
+        calls = [operation for operation in heads if isinstance(operation, Call)]
+        requests = [operation for operation in heads if isinstance(operation, PassRequest)]
+        for call in calls:
+            call.future.resolve(call.work)
+        customs = [request for request in requests if request.custom is not None]
+        for request in customs:
+            self._guard([request], lambda request=request: self._run_custom(request))
+        plain = [request for request in requests if request.custom is None]
+        if plain:
+            self._guard(plain, lambda plain=plain: self._run_pass(plain))
+        return True
 
     def _guard(self, requests: list[PassRequest], run: Callable[[], None]) -> None:
         """A pass that fails midway leaves no half-summed gradient behind."""
@@ -226,15 +245,23 @@ class Engine:
     ) -> None:
         rows, ordered = lay_out(batch, self.copies, self.device, with_grad=train)
         objective = Objective(self._terms(requests, ordered), rows.targets.shape, self.device)
-        if rows.targets.shape[0] == 0:
+        if rows.targets.shape[0] == 0:  # every weight is 0: so is the gradient
             logprobs = rows.targets.float()
+            for item in ordered if train else ():
+                item.adapter.has_grad = True
         elif train:
             logprobs = self.decoder.train(rows, objective, self.recompute)
-            for segment in rows.segments:
-                segment.fold()
         else:
             logprobs = self.decoder.logprobs(rows)
             objective.gradient(slice(0, len(logprobs)), logprobs)
+        if len(logprobs) and _overflowed(rows.segments, logprobs):
+            for adapter in {id(item.adapter): item.adapter for item in batch}.values():
+                alone = [item for item in batch if item.adapter is adapter]
+                self._run_micro_batch(requests, alone, train, outputs, sums)
+            return
+        if train and len(logprobs):
+            for segment in rows.segments:
+                segment.fold()
         logprobs, losses, start = logprobs.cpu(), objective.losses.cpu(), 0
         for item in ordered:
             span = slice(start, start + item.num_wanted)
@@ -266,8 +293,11 @@ class Engine:
         batches = cut(request.items(0), self.token_budget)
         assert request.custom is not None
         if len(batches) == 1 and request.train:
-            self._run_custom_at_once(request, batches[0], outputs)
-            return
+            try:
+                self._run_custom_at_once(request, batches[0], outputs)
+                return
+            except torch.OutOfMemoryError as error:
+                self._shrink(batches[0], error)
         self._run_items([request], request.items(0), False, outputs, [0.0])
         loss, metrics, request.gradients = evaluate_custom(request, outputs[0])
         if request.train:
@@ -284,6 +314,13 @@ class Engine:
         for item, lp in zip(ordered, logprobs.cpu().split([item.length for item in ordered]), strict=True):
             outputs[0][item.index] = lp
         _finish_custom(request, outputs[0], objective.loss, objective.metrics)
+
+
+def _overflowed(segments: Sequence[Segment], logprobs: torch.Tensor) -> bool:
+    """Whether a tenant has diverged in a segment that it shares: 0 * inf is NaN, so its neighbours must be computed again."""
+    shared = [segment for segment in segments if len(segment.columns) > 1]
+    finite = bool(torch.isfinite(logprobs).all()) if shared else True
+    return not finite or any(s.grad is not None and not bool(torch.isfinite(s.grad.sum())) for s in shared)
 
 
 class _Custom(Objective):
@@ -341,12 +378,15 @@ def default_token_budget(decoder: Decoder) -> int:
 
 
 def _keep_freed_memory() -> None:
-    """glibc hands large freed blocks back to the kernel and pays page faults for each activation again; keep them."""
+    """Keep freed activations in the process: glibc would return them to the kernel and fault every page in again.
+
+    One arena, because those of other threads are unmapped when they empty; 32 MB is the largest threshold glibc accepts.
+    """
     if sys.platform != "linux":
         return
     try:
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+        for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, 1 << 25), (_M_TRIM_THRESHOLD, (1 << 31) - 1)):
+            libc.mallopt(option, value)
     except (OSError, AttributeError):  # another libc: nothing to set
         return

@@ -15,6 +15,7 @@ class Future(Generic[T]):
 
     def __init__(self) -> None:
         self._inner: concurrent.futures.Future[T] = concurrent.futures.Future()
+        self._inner.set_running_or_notify_cancel()  # a cancelled await gives up waiting; the operation runs all the same
 
     @classmethod
     def completed(cls, value: T) -> Future[T]:

@@ -85,7 +85,9 @@ def loss_and_gradient(
         leaf = lp.detach().requires_grad_()
         terms = LOSSES[name].terms(leaf, inputs, config)
         weights = inputs.get("weights")
-        if weights is not None:  # where, so that 0 * inf on an untrained token cannot poison the sum
+        if weights is not None:
             terms = torch.where(weights != 0, terms * weights, 0.0)
         (gradient,) = torch.autograd.grad(terms.sum(), leaf)
+    if weights is not None:  # 0 * inf on an untrained token would be NaN, above and here
+        gradient = torch.where(weights != 0, gradient, 0.0)
     return terms.detach(), gradient

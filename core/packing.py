@@ -36,24 +36,26 @@ class Item:
 
 
 def cut(items: Sequence[Item], token_budget: int) -> list[list[Item]]:
-    """Micro-batches of at most `token_budget` tokens (a longer sequence stands alone), each of one K.
+    """Micro-batches of about `token_budget` tokens each (a longer sequence stands alone), each of one K.
 
-    Sequences are taken longest first, so that like lengths share a micro-batch; the batches are then evened out.
+    Sequences are taken longest first, so that like lengths share a micro-batch, and the cuts are even: as few batches as the
+    budget allows on average, over it by at most half a sequence.
     """
     batches: list[list[Item]] = []
     for k in sorted({item.targets.shape[1] for item in items}):
-        members = [item for item in items if item.targets.shape[1] == k]
-        members.sort(key=lambda item: (-item.length, item.request, item.index))
+        members = sorted(
+            (item for item in items if item.targets.shape[1] == k), key=lambda item: (-item.length, item.request, item.index)
+        )
         total = sum(item.length for item in members)
-        even = -(-total // max(1, -(-total // token_budget)))
+        even = total / max(1, -(-total // token_budget))
         batch: list[Item] = []
-        used = 0
+        seen = made = 0
         for item in members:
-            if batch and (used + item.length > token_budget or used >= even):
+            if batch and seen + item.length / 2 > even * (made + 1):
                 batches.append(batch)
-                batch, used = [], 0
+                batch, made = [], made + 1
             batch.append(item)
-            used += item.length
+            seen += item.length
         batches.append(batch)
     return batches
 

@@ -21,8 +21,8 @@ from cookbook.errors import UsageError
 from cookbook.memory import peak_memory_gb
 from cookbook.renderers import load_renderer
 from cookbook.run import Run
-from cookbook.schedule import adam_at, default_learning_rate, total_steps
-from cookbook.service import connect, new_trainer, opened
+from cookbook.schedule import adam_at, peak_learning_rate, total_steps
+from cookbook.service import check_context, connect, new_trainer, opened
 from core import Datum, ForwardBackwardOutput, Future, OptimStepOutput
 
 
@@ -38,7 +38,7 @@ class Config:
     max_length: int = 2048  # tokens per sequence
     init_from: str | None = None  # a run, a tinker:// URI or an adapter directory to start from
     eval_every: int = 20  # steps; 0: only before and after
-    save_every: int = 50  # steps; 0: only at the end
+    save_every: int = 50  # steps; 0: only at the end (the best evaluated weights are saved too)
     save_minutes: float = 10.0  # also after so many minutes; 0: never
     keep_last: int = 3  # checkpoints kept, beside the best and the final one
     service: str = "local"  # local, or the URL of a server
@@ -62,8 +62,9 @@ def main(config: Config) -> None:
         )  # fmt: skip
         trainer = opened(loading) if loading else found[1]
         info = trainer.get_info()
+        check_context(config.max_length, info)
         num_steps = total_steps(config.steps, config.epochs, data.epoch_steps)
-        peak = config.learning_rate or default_learning_rate(info.hidden_size, info.model_type, "sft")
+        peak = peak_learning_rate(config.learning_rate, config.optim, info, "sft")
         run.record("engine.token_budget", info.token_budget)
         run.note(f"{num_steps} steps of {config.batch_size} sequences, learning rate {peak:.3g}, {info.dtype} on {info.device}")
 
@@ -96,6 +97,7 @@ def main(config: Config) -> None:
             seconds, last_end = time.monotonic() - last_end, time.monotonic()
             if eval_due:
                 run.log_eval("after" if final else "during", held_out())
+                save_due |= run.is_best
             run.log(done, {
                 "train/nll": nll, "optim/lr": adam_at(now.step, num_steps, peak, config.optim).learning_rate,
                 "optim/grad_norm": grad_norm, "progress/tokens": num_tokens, "progress/done_frac": done / num_steps,

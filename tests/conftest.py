@@ -1,0 +1,25 @@
+"""What all tests share."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Path:
+    """A tiny random Llama with a byte tokenizer, for `model.name=`; other kinds: tests.tiny.tiny_model_dir."""
+    from tests.tiny import tiny_model_dir
+
+    return tiny_model_dir("llama")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny models run faster, and repeat to the bit, on one torch thread."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

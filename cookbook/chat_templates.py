@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import socket
-import urllib.parse
-import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +20,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """The fast tokenizer of model `name`. Raises UsageError."""
     from transformers import AutoTokenizer
 
-    from core.models import ModelNotFound, local_model
+    from core.models import ModelNotFound, hub_answers, local_model
 
     try:
         source = local_model(name)
@@ -43,23 +40,6 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise UsageError(f"model '{name}' has a {type(tokenizer).__name__}; a fast one (tokenizer.json) is needed")
     return tokenizer
-
-
-def hub_answers() -> bool:
-    """Whether the hub can be reached; without this question its client retries for a minute before it gives up."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    if urllib.request.getproxies():
-        return True  # the client goes another way than we could try
-    url = urllib.parse.urlsplit(constants.ENDPOINT)
-    port = url.port or {"http": 80}.get(url.scheme, 443)
-    try:
-        with socket.create_connection((url.hostname or "", port), timeout=3):
-            return True
-    except OSError:
-        return False
 
 
 def choose_template(tokenizer: PreTrainedTokenizerFast, model: ModelConfig) -> tuple[str, str | None]:

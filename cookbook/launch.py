@@ -24,14 +24,22 @@ def launch(composed: Composed, run_dir: Path | None = None) -> int | None:
     directory = run_dir or _new_directory(composed)
     config = replace(config, name=config.name or directory.name, run_dir=str(directory))
     _make_absolute(config)
-    from cookbook.run import prepare
+    from cookbook.run import disk_full, prepare
 
     is_new = not directory.exists()
-    prepare(directory, recipe=composed.recipe, config_yaml=to_yaml(config), overrides=composed.overrides)
+    try:
+        prepare(directory, recipe=composed.recipe, config_yaml=to_yaml(config), overrides=composed.overrides)
+    except OSError as error:
+        if is_new:
+            shutil.rmtree(directory, ignore_errors=True)
+        raise UsageError(
+            f"cannot write {directory}: {error.strerror}; put it right, or choose another run_dir="
+        ) from error
     try:
         return load_recipe(composed.recipe).main(config)
-    except UsageError:
-        if is_new and not any((directory / name).exists() for name in ("metrics.jsonl", "checkpoints.jsonl")):
+    except UsageError as error:
+        begun = any((directory / name).exists() for name in ("metrics.jsonl", "checkpoints.jsonl"))
+        if is_new and not begun and not disk_full(error.__cause__):
             shutil.rmtree(directory)  # a mistyped path leaves no run behind, and its name= is free again
         raise
 

@@ -293,7 +293,7 @@ class Run:
             self._tracker.finish(1 if failed else 0)
             self._interrupts.restore()
             self._lock.release()
-        if error is not None and _disk_full(error):
+        if disk_full(error):
             free = shutil.disk_usage(self.dir).free // 2**20
             advice = f"make room, then `cook resume {self.dir}`"
             raise UsageError(f"the disk of {self.dir} is full ({free} MiB free): {advice}") from error
@@ -384,7 +384,7 @@ def _yaml(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def _disk_full(error: BaseException) -> bool:
+def disk_full(error: BaseException | None) -> bool:
     """Also from libraries that keep only the text of the system's error (safetensors)."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -17,13 +17,23 @@ def connect(service: str, store: Path, engine: EngineConfig) -> ServiceClient:
     """The service of a run; `store` is where its checkpoints go."""
     if service != "local":
         raise UsageError(f"service={service}: only service=local exists in this version")
+    import torch
+
     from core import EngineOptions, ServiceClient
 
+    if engine.token_budget is not None and engine.token_budget < 1:
+        raise UsageError(f"engine.token_budget={engine.token_budget}: expected at least 1, or null (by machine)")
     options = EngineOptions(engine.dtype, engine.device, engine.token_budget)
     try:
-        options.resolve()
-    except (ValueError, RuntimeError) as error:
+        _, device = options.resolve()
+    except ValueError as error:
         raise UsageError(str(error)) from error
+    except RuntimeError as error:  # torch's list of two dozen kinds
+        raise UsageError(f"engine.device={engine.device}: expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"engine.device={engine.device}: there are {torch.cuda.device_count()} CUDA devices, from cuda:0"
+        )
     return ServiceClient(store, options)
 
 
@@ -42,7 +52,7 @@ def adapter_directory(init_from: str) -> Path:
     """The adapter that `init_from` means: a run (its newest checkpoint), a checkpoint's URI in ./runs, or a directory."""
     if init_from.startswith("tinker://"):
         tail = init_from.removeprefix("tinker://")
-        found = sorted(Path("runs").glob(f"*/checkpoints/{tail}"))
+        found = sorted(path.parent for path in Path("runs").glob(f"*/checkpoints/{tail}/adapter_config.json"))
         if not found:
             raise UsageError(f"init_from={init_from}: no run under ./runs holds this checkpoint; give its directory")
         return found[-1]

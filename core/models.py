@@ -5,8 +5,11 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib.util
+import socket
+import urllib.parse
+import urllib.request
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from core.gguf import converted
 
@@ -49,16 +52,42 @@ def local_model(name: str) -> str:
     return name
 
 
+def hub_answers() -> bool:
+    """Whether the hub can be reached; without this question its client retries for a minute before it gives up."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if urllib.request.getproxies():
+        return True  # the client goes another way than we could try
+    url = urllib.parse.urlsplit(constants.ENDPOINT)
+    port = url.port or {"http": 80}.get(url.scheme, 443)
+    try:
+        with socket.create_connection((url.hostname or "", port), timeout=3):
+            return True
+    except OSError:
+        return False
+
+
 def load_base(name: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The frozen base model in `dtype` on `device`. Raises ModelNotFound in one line when it cannot be had."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     source = local_model(name)
+    verbosity = logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what its report on the weights says, _refuse_incomplete says in one line
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=None if device.type == "cpu" else device)
-    except (OSError, ValueError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, device_map=None if device.type == "cpu" else device,
+            output_loading_info=True, ignore_mismatched_sizes=True,
+            local_files_only=not (Path(source).is_dir() or hub_answers()),
+        )  # fmt: skip
+        model, found = loaded
+        _refuse_incomplete(found)
+    except (OSError, ValueError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0]
         if source != name or Path(source).is_dir():
             raise ModelNotFound(f"model '{name}' at {source} cannot be loaded: {first_line}") from error
@@ -67,7 +96,16 @@ def load_base(name: str, dtype: torch.dtype, device: torch.device) -> PreTrained
         ) from error
     finally:
         logging.enable_progress_bar()
+        logging.set_verbosity(verbosity)
     return model.requires_grad_(False).eval()
+
+
+def _refuse_incomplete(found: dict) -> None:
+    """transformers makes up a weight that the files lack, with a warning at most."""
+    misshapen = {key for key, *_ in found["mismatched_keys"]}
+    for what, names in (("missing", found["missing_keys"]), ("of another shape", misshapen)):
+        if names:
+            raise ValueError(f"{len(names)} of its weights are {what}, first {min(names)}; fetch or convert it again")
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ from cookbook.cli import main
 from tests.tiny import tiny_model_dir
 
 WEIGHTS, MOMENTS = "adapter_model.safetensors", "optimizer.safetensors"
-SAME = ("train/", "eval/", "optim/", "progress/")  # what a run has in common with an equal one; time and speed it has not
+SAME = ("train/", "eval/", "optim/", "progress/")  # metrics that equal runs share; time and speed they do not
 
 
 def chat(number: int) -> dict[str, object]:
@@ -127,23 +128,34 @@ for line in sys.stdin:
 
 
 class Processes:
-    """Each `start` is a process that runs `cook`, forked after the imports, which are most of the time a start takes."""
+    """Each `start` is a process that runs `cook`, forked after the imports (most of the time that a start takes)."""
 
     def __init__(self, screen: Path) -> None:
         self.screen = screen  # what the last one printed
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         self._server = subprocess.Popen(
-            [sys.executable, "-c", FORK_SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [sys.executable, "-c", FORK_SERVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
         assert self._answer() == "ready"
 
     def start(self, words: list[str], here: Path = ROOT) -> None:
         assert self._server.stdin is not None
-        print(json.dumps({"words": words, "screen": str(self.screen), "here": str(here)}), file=self._server.stdin, flush=True)
+        job = {"words": words, "screen": str(self.screen), "here": str(here)}
+        print(json.dumps(job), file=self._server.stdin, flush=True)
         self._process = int(self._answer())
 
     def signal(self, number: int) -> None:
-        os.kill(self._process, number)
+        """Nothing happens to a process that has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._process, number)
+
+    @property
+    def has_ended(self) -> bool:
+        return not Path(f"/proc/{self._process}").exists()
 
     def wait(self) -> int:
         """The exit status, -9 after a kill."""

@@ -12,7 +12,8 @@ from tests.tiny import assert_close
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 PACKS = [
-    [1], [2], [15], [16], [17], [1, 1, 1, 1], [1, 2, 15, 16, 17], [17, 16, 15, 2, 1], [40, 40, 40], [33, 90, 3, 64, 63, 65],
+    [1], [2], [15], [16], [17], [1, 1, 1, 1], [1, 2, 15, 16, 17], [17, 16, 15, 2, 1], [40, 40, 40],
+    [33, 90, 3, 64, 63, 65],
     [BLOCK - 1, BLOCK, BLOCK + 1], [2 * BLOCK + 5, 3], [600, 512, 100, 300, 1, 599],
 ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Adapters on disk: what is saved comes back to the bit, what does not fit or is damaged is refused, a write is all or nothing."""
+"""Adapters on disk: what is saved comes back to the bit, what does not fit is refused, a write is all or nothing."""
 
 from __future__ import annotations
 
@@ -245,7 +245,9 @@ def test_moments_of_another_shape_are_damage(tmp_path: Path) -> None:
     client, other = trained(tmp_path, rank=3), trained(tmp_path, rank=4)
     saved, theirs = client.save_state("a").result(), other.save_state("a").result()
     shutil.copy(Path(theirs.directory) / "optimizer.safetensors", Path(saved.directory))
-    with pytest.raises(DamagedCheckpoint, match=r"optimizer.safetensors holds .*, 4\].*, expected exp_avg and exp_avg_sq of \[.*, 3\]"):
+    with pytest.raises(
+        DamagedCheckpoint, match=r"optimizer.safetensors holds .*, 4\].*, expected exp_avg and exp_avg_sq of \[.*, 3\]"
+    ):
         service_at(tmp_path).create_training_client_from_state_with_optimizer(saved.path).result()
     for one in (client, other):
         one.close()

@@ -1,5 +1,7 @@
 """What the engine says, word for word, to a request that it does not take; and that nothing came of it."""
 
+# ruff: noqa: E501 - messages stand word for word
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -76,7 +78,11 @@ BAD_CONFIGS: list[tuple[str, dict | None, str]] = [
     ("ppoo", None, f"unknown loss_fn 'ppoo', expected one of {LOSSES}; did you mean 'ppo'?"),
     ("crossentropy", None, f"unknown loss_fn 'crossentropy', expected one of {LOSSES}; did you mean 'cross_entropy'?"),
     ("zzz", None, f"unknown loss_fn 'zzz', expected one of {LOSSES}"),
-    ("ppo", {"clip": 0.2}, "loss_fn_config of ppo has no key 'clip', it knows ['clip_high_threshold', 'clip_low_threshold']"),
+    (
+        "ppo",
+        {"clip": 0.2},
+        "loss_fn_config of ppo has no key 'clip', it knows ['clip_high_threshold', 'clip_low_threshold']",
+    ),
     ("dro", {"clip_low_threshold": 0.2}, "loss_fn_config of dro has no key 'clip_low_threshold', it knows ['beta']"),
     ("cross_entropy", {"beta": 0.1}, "loss_fn_config of cross_entropy has no key 'beta', it knows none"),
     ("dro", {"beta": NAN}, "loss_fn_config['beta'] is nan, expected a finite number"),
@@ -94,7 +100,9 @@ def test_bad_data_is_refused_and_nothing_accumulates(client: TrainingClient, bat
 
 
 @pytest.mark.parametrize(("loss_fn", "config", "message"), BAD_CONFIGS)
-def test_an_unknown_loss_or_configuration_is_refused(client: TrainingClient, loss_fn: str, config, message: str) -> None:
+def test_an_unknown_loss_or_configuration_is_refused(
+    client: TrainingClient, loss_fn: str, config, message: str
+) -> None:
     with pytest.raises(ValueError) as error:
         client.forward_backward([three(**RL)], loss_fn, config)
     assert str(error.value) == message
@@ -118,7 +126,11 @@ def test_a_sequence_as_long_as_the_context_is_taken(client: TrainingClient) -> N
 
 
 def test_lists_arrays_and_tensors_mean_the_same(client: TrainingClient) -> None:
-    forms = [[0.5, 1.0, 0.0], numpy.array([0.5, 1.0, 0.0]), torch.tensor([0.5, 1.0, 0.0], dtype=torch.float64, requires_grad=True)]
+    forms = [
+        [0.5, 1.0, 0.0],
+        numpy.array([0.5, 1.0, 0.0]),
+        torch.tensor([0.5, 1.0, 0.0], dtype=torch.float64, requires_grad=True),
+    ]
     losses = {client.forward([three(weights=form)], "cross_entropy").result().metrics["loss:sum"] for form in forms}
     assert len(losses) == 1
     whole = [three(weights=form) for form in ([1, 0, 1], [True, False, True], [1.0, 0.0, 1.0])]
@@ -140,5 +152,7 @@ def test_chunks_are_one_sequence(client: TrainingClient) -> None:
 
     pieces = Datum(ModelInput((EncodedTextChunk((1,)), EncodedTextChunk((2, 3)))), {"target_tokens": [2, 3, 4]})
     assert (pieces.model_input.to_ints(), pieces.model_input.length, ModelInput.empty().length) == ([1, 2, 3], 3, 0)
-    left, right = (client.forward([one], "cross_entropy").result().loss_fn_outputs[0]["logprobs"] for one in (pieces, three()))
+    left, right = (
+        client.forward([one], "cross_entropy").result().loss_fn_outputs[0]["logprobs"] for one in (pieces, three())
+    )
     assert_close(left, right)

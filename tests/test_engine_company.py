@@ -1,4 +1,4 @@
-"""Tenants of one engine do not feel each other: each ends with the gradients, moments and weights it would have had alone."""
+"""Tenants of one engine do not feel each other: each ends with the weights and moments it would have had alone."""
 
 from __future__ import annotations
 
@@ -121,7 +121,9 @@ def held(engine: Engine) -> Iterator[None]:
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_tenants_of_other_ranks_losses_and_targets_in_the_same_micro_batches(kind: str, seed: int, tmp_path: Path) -> None:
+def test_tenants_of_other_ranks_losses_and_targets_in_the_same_micro_batches(
+    kind: str, seed: int, tmp_path: Path
+) -> None:
     scripts = [script(number, seed) for number in range(8)]
     expected = alone(scripts, tmp_path, kind)
     clients = [one.client(tmp_path, kind) for one in scripts]
@@ -157,7 +159,7 @@ def test_tenants_in_threads_at_random_moments(token_budget: int, seed: int, tmp_
 
 
 def test_adapters_that_share_a_segment_and_adapters_that_do_not(tmp_path: Path) -> None:
-    """Short rows of several adapters are one product with the other adapters' columns zeroed; both ways give the same."""
+    """Short rows of several adapters are one product with the others' columns zeroed; both ways give the same."""
     clients = [new_client(tmp_path, rank=rank, seed=rank) for rank in RANKS]
     engine, expected = clients[0].engine, []
     for lengths, num_segments in (((3, 5), 1), ((90, 90, 90), 3)):
@@ -166,7 +168,11 @@ def test_adapters_that_share_a_segment_and_adapters_that_do_not(tmp_path: Path) 
         expected = [gradients(client) for client in clients]
         for client in clients:
             client.adapter.clear_grad()
-        items = [Item(0, i, c.adapter, torch.zeros(n), torch.zeros(n, 1), None) for c in clients for i, n in enumerate(lengths)]
+        items = [
+            Item(0, i, c.adapter, torch.zeros(n), torch.zeros(n, 1), None)
+            for c in clients
+            for i, n in enumerate(lengths)
+        ]
         assert len(_bins(items, merge_cost=4_000)) == num_segments
         with held(engine):
             futures = [c.forward_backward(data(lengths, number), "cross_entropy") for number, c in enumerate(clients)]

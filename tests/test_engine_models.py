@@ -1,5 +1,7 @@
 """Which models the engine takes: what it does not compute is refused by name, never ignored."""
 
+# ruff: noqa: E501 - messages stand word for word
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -59,7 +61,9 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("config", "keys", "message"), REFUSED)
-def test_what_the_engine_does_not_compute_is_refused_by_name(config: str, keys: dict, message: str, tmp_path: Path) -> None:
+def test_what_the_engine_does_not_compute_is_refused_by_name(
+    config: str, keys: dict, message: str, tmp_path: Path
+) -> None:
     with pytest.raises(UnsupportedModel) as error:
         service_at(tmp_path).create_lora_training_client(str(saved(tmp_path / "model", config, **keys))).result()
     assert str(error.value) == message
@@ -69,7 +73,10 @@ def test_what_the_engine_does_not_compute_is_refused_by_name(config: str, keys: 
 TAKEN = [
     ("MistralConfig", {**SIZES, "sliding_window": None}),
     ("LlamaConfig", {**SIZES, "attention_bias": True, "mlp_bias": True}),
-    ("LlamaConfig", {**SIZES, "rope_parameters": {**ROPE, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}}),
+    (
+        "LlamaConfig",
+        {**SIZES, "rope_parameters": {**ROPE, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+    ),
     ("LlamaConfig", {**SIZES, "rope_parameters": {**ROPE, "rope_type": "yarn"}}),
     ("GraniteConfig", {**SIZES, "attention_multiplier": 0.3}),
     ("LlamaConfig", {**SIZES, "num_key_value_heads": 4}),

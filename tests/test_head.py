@@ -19,7 +19,9 @@ def parts_of(adapter: Adapter | None, rows: int) -> list[Part]:
     if adapter is None:
         return [Part(slice(0, rows), Segment(0, rows, Geometry({}, 0), torch.empty(0, 0), 1.0, None), 1.0)]
     grad = torch.zeros_like(adapter.params)
-    return [Part(slice(0, rows), Segment(0, rows, adapter.geometry, adapter.params, adapter.scale, grad, []), adapter.scale)]
+    return [
+        Part(slice(0, rows), Segment(0, rows, adapter.geometry, adapter.params, adapter.scale, grad, []), adapter.scale)
+    ]
 
 
 def unembedding(rank: int = 3) -> Adapter:
@@ -35,9 +37,12 @@ def unembedding(rank: int = 3) -> Adapter:
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("size", [1.0, 40.0])
 def test_logprobs_and_gradients(rows: int, num_targets: int, adapted: bool, size: float) -> None:
-    """`size` 40: targets whose logits lie hundreds below the largest, where exp(logit - target logit) would overflow."""
+    """`size` 40: targets whose logits lie hundreds below the largest: exp(logit - target logit) would overflow."""
     generator = torch.Generator().manual_seed(rows)
-    head = Head(torch.randn(V, D, generator=generator) * D**-0.5, torch.randn(V, generator=generator) if num_targets == 3 else None)
+    head = Head(
+        torch.randn(V, D, generator=generator) * D**-0.5,
+        torch.randn(V, generator=generator) if num_targets == 3 else None,
+    )
     h = size * torch.randn(rows, D, generator=generator)
     targets = torch.randint(V, (rows, num_targets), generator=generator)
     g = torch.randn(rows, num_targets, generator=generator)

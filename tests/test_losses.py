@@ -10,7 +10,17 @@ import torch
 
 from core import Datum, ModelInput, TrainingClient
 from core.losses import LOSSES, loss_and_gradient
-from tests.tiny import VOCAB, assert_close, assert_gradients_equal, data, datum, gradients, logprobs_of, new_client, peft_model
+from tests.tiny import (
+    VOCAB,
+    assert_close,
+    assert_gradients_equal,
+    data,
+    datum,
+    gradients,
+    logprobs_of,
+    new_client,
+    peft_model,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -129,7 +139,9 @@ def test_a_batch_is_the_plain_sum_of_its_data(client: TrainingClient, loss_fn: s
 
 
 @pytest.mark.parametrize("loss_fn", LOSSES)
-def test_missing_weights_are_ones_and_double_weights_double_loss_and_gradient(client: TrainingClient, loss_fn: str) -> None:
+def test_missing_weights_are_ones_and_double_weights_double_loss_and_gradient(
+    client: TrainingClient, loss_fn: str
+) -> None:
     bare = [
         Datum(d.model_input, {k: v for k, v in d.loss_fn_inputs.items() if k != "weights"})
         for d in near_policy(client, loss_fn)
@@ -167,7 +179,9 @@ def test_all_and_weighted_logprobs_go_with_the_same_gradient(client: TrainingCli
 
 
 def test_weights_of_zero_everywhere_give_a_gradient_of_zero_either_way(client: TrainingClient) -> None:
-    nothing = [Datum(d.model_input, {**d.loss_fn_inputs, "weights": [0.0] * d.model_input.length}) for d in data(LENGTHS)]
+    nothing = [
+        Datum(d.model_input, {**d.loss_fn_inputs, "weights": [0.0] * d.model_input.length}) for d in data(LENGTHS)
+    ]
     for logprobs in ("all", "weighted"):
         output = client.forward_backward(nothing, "cross_entropy", logprobs=logprobs).result()
         assert output.metrics["loss:sum"] == 0
@@ -178,7 +192,11 @@ def test_weights_of_zero_everywhere_give_a_gradient_of_zero_either_way(client: T
 
 def test_ppo_inside_the_clip_is_importance_sampling(client: TrainingClient) -> None:
     batch, found = near_policy(client, "ppo"), []
-    for loss_fn, config in (("ppo", {"clip_low_threshold": 0.01, "clip_high_threshold": 100.0}), ("importance_sampling", None), ("ppo", None)):
+    for loss_fn, config in (
+        ("ppo", {"clip_low_threshold": 0.01, "clip_high_threshold": 100.0}),
+        ("importance_sampling", None),
+        ("ppo", None),
+    ):
         client.forward_backward(batch, loss_fn, config).result()
         found.append(client.adapter.grad.clone())
         client.adapter.clear_grad()
@@ -230,7 +248,12 @@ def test_cross_entropy_takes_several_targets_per_position(client: TrainingClient
         targets = torch.randint(VOCAB, (length, k), generator=generator)
         targets[2] = targets[2, 0]  # the same token twice counts twice
         weights = torch.rand(length, k, generator=generator) * (torch.arange(length) % 3 != 0).unsqueeze(1)
-        batch.append(Datum(ModelInput.from_ints(datum(length, length).model_input.to_ints()), {"target_tokens": targets, "weights": weights}))
+        batch.append(
+            Datum(
+                ModelInput.from_ints(datum(length, length).model_input.to_ints()),
+                {"target_tokens": targets, "weights": weights},
+            )
+        )
     batch.append(datum(8))
     ours = client.forward_backward(batch, "cross_entropy", logprobs=logprobs).result()
     model = peft_model(saved)
@@ -239,7 +262,11 @@ def test_cross_entropy_takes_several_targets_per_position(client: TrainingClient
         expected, weights = logprobs_of(model, one), one.loss_fn_inputs["weights"]
         loss = loss - (expected * weights).sum()
         assert output["logprobs"].shape == one.loss_fn_inputs["target_tokens"].shape
-        rows = torch.ones(len(weights), dtype=torch.bool) if logprobs == "all" else weights.reshape(len(weights), -1).ne(0).any(1)
+        rows = (
+            torch.ones(len(weights), dtype=torch.bool)
+            if logprobs == "all"
+            else weights.reshape(len(weights), -1).ne(0).any(1)
+        )
         torch.testing.assert_close(output["logprobs"][rows], expected[rows].detach(), rtol=1e-5, atol=1e-5)
         assert not output["logprobs"][~rows].any()
     loss.backward()
@@ -270,7 +297,10 @@ def test_custom_loss_that_is_cross_entropy(client: TrainingClient) -> None:
         loss = sum(-(d.loss_fn_inputs["weights"] * lp).sum() for d, lp in zip(data, logprobs, strict=True))
         return loss, {"mine": 3.0, "first": float(logprobs[0][0].detach())}
 
-    for token_budget in (1024, 16):  # one micro-batch: one forward; several: a forward for fn, then forward and backward
+    for token_budget in (
+        1024,
+        16,
+    ):  # one micro-batch: one forward; several: a forward for fn, then forward and backward
         client.adapter.clear_grad()
         client.engine.token_budget = token_budget
         output = client.forward_backward_custom(batch, fn).result()
@@ -286,9 +316,11 @@ def test_custom_loss_that_is_cross_entropy(client: TrainingClient) -> None:
 
 
 def pair_loss(data, logprobs):
-    """DPO's shape: a sigmoid over differences of whole sequences, so every datum's gradient hangs on another's logprobs."""
+    """DPO's shape: a sigmoid over differences of whole sequences, so a datum's gradient hangs on another's logprobs."""
     totals = [(d.loss_fn_inputs["weights"] * lp).sum() for d, lp in zip(data, logprobs, strict=True)]
-    margins = torch.stack([0.1 * (chosen - rejected) for chosen, rejected in zip(totals[::2], totals[1::2], strict=True)])
+    margins = torch.stack(
+        [0.1 * (chosen - rejected) for chosen, rejected in zip(totals[::2], totals[1::2], strict=True)]
+    )
     return -torch.nn.functional.logsigmoid(margins).sum(), {"margin": float(margins.detach().mean())}
 
 
@@ -334,7 +366,9 @@ def test_a_custom_loss_that_ignores_a_datum_gives_it_no_gradient(client: Trainin
 
 
 @pytest.mark.parametrize("token_budget", [1024, 8])
-def test_a_custom_loss_that_is_no_finite_scalar_is_refused_and_nothing_accumulates(client: TrainingClient, token_budget: int) -> None:
+def test_a_custom_loss_that_is_no_finite_scalar_is_refused_and_nothing_accumulates(
+    client: TrainingClient, token_budget: int
+) -> None:
     client.engine.token_budget = token_budget
     for result, line in [
         (lambda lp: (lp[0].sum() * float("nan"), {}), "the custom loss is nan, expected a finite number"),

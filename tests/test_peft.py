@@ -92,7 +92,9 @@ def test_only_the_asked_matrices_are_trained(tmp_path: Path) -> None:
 def test_an_adapter_made_by_peft_loads_as_it_is(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=5, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], init_lora_weights=False)
+    config = LoraConfig(
+        r=5, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], init_lora_weights=False
+    )
     theirs = get_peft_model(base_model("llama"), config)
     theirs.save_pretrained(tmp_path / "theirs")
 
@@ -107,8 +109,7 @@ def test_an_adapter_made_by_peft_loads_as_it_is(tmp_path: Path) -> None:
 def test_an_adapter_of_another_scale_is_refused(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
-
     config = LoraConfig(r=5, lora_alpha=16, target_modules=["q_proj"])
     get_peft_model(base_model("llama"), config).save_pretrained(tmp_path / "theirs")
-    with pytest.raises(ValueError, match="lora_alpha=16 .* needs plain lora_alpha=32"):
+    with pytest.raises(ValueError, match=r"lora_alpha=16 .* needs plain lora_alpha=32"):
         service_at(tmp_path).create_training_client_from_state(tmp_path / "theirs").result()

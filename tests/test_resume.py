@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import shutil
 import signal
@@ -21,7 +22,6 @@ from tests.small_runs import (
     command,
     contents,
     losses,
-    metrics,
     newest,
     num_rows,
     repeatable,
@@ -99,19 +99,20 @@ def test_a_signal_means_a_checkpoint_and_the_resumed_run_ends_as_if_nothing_had_
 
 
 def test_a_second_ctrl_c_exits_at_once_and_loses_only_what_came_after_the_last_checkpoint(
-    tmp_path: Path, rows: Path, straight: Path, processes: Processes
+    tmp_path: Path, processes: Processes
 ) -> None:
-    """The held-out rows are many, so that both signals fall into one evaluation."""
-    run, many = tmp_path / "run", write_rows(tmp_path / "many.jsonl", map(chat, range(6000)))
-    processes.start(command(run, many, steps=STEPS, eval_every=2, data_eval_rows=1000, save_every=1))
-    wait_until(lambda: num_rows(run) >= 2)  # the second step's evaluation is next
-    time.sleep(0.05)
+    """The held-out rows are long, so that both signals fall into one evaluation."""
+    asked = {"role": "user", "content": "go on"}
+    long = [{"messages": [asked, {"role": "assistant", "content": f"{i} " * 250}]} for i in range(100)]
+    run, file = tmp_path / "run", write_rows(tmp_path / "long.jsonl", long)
+    processes.start(command(run, file, eval_every=2, data_eval_rows=20, save_every=1, max_length=1024))
+    wait_until((run / "checkpoints.jsonl").exists)  # the second step, with its evaluation, is next
     processes.signal(signal.SIGINT)
-    time.sleep(0.02)
+    wait_until(lambda: "stopping after this step" in processes.screen.read_text())
     processes.signal(signal.SIGINT)
-    asked = time.monotonic()
+    asked_at = time.monotonic()
     assert processes.wait() == 130
-    assert time.monotonic() - asked < 1
+    assert time.monotonic() - asked_at < 1
     assert "second interrupt: exiting at once" in processes.screen.read_text()
     assert result(run)["status"] == "interrupted" and result(run)["steps"] == 1
     assert saved_steps(run) == [1]
@@ -190,26 +191,33 @@ def test_a_stream_resumes_at_its_row(tmp_path: Path, rows: Path, processes: Proc
 
 @pytest.mark.slow
 def test_twenty_kills_change_nothing(tmp_path: Path, rows: Path, processes: Processes) -> None:
-    """Killed at random moments: while starting, evaluating, stepping, saving; resumed each time."""
-    same = {"steps": 80, "save_every": 2, "eval_every": 7, "keep_last": 2}
-    straight, run = tmp_path / "straight", tmp_path / "run"
+    """At random moments: while it starts, evaluates, steps, saves. Resumed each time; after its end the next begins."""
+    same = {"steps": 80, "eval_every": 7, "keep_last": 2}
+    straight = tmp_path / "straight"
     assert processes.run(command(straight, rows, **same)) == 0
-    rng = random.Random(2)
-    words, kills = command(run, rows, **same), 0
-    while kills < 20:
-        had = num_rows(run)
-        processes.start(words)
-        if rng.random() < 0.3:
-            time.sleep(rng.uniform(0, 1.0))
-        else:
-            more = rng.randint(1, 5)
-            wait_until(lambda had=had, more=more: num_rows(run) != had and num_rows(run) >= min(had + more, 78))
-            time.sleep(rng.uniform(0, 0.03))
-        processes.signal(signal.SIGKILL)
-        assert processes.wait() == -9, processes.screen.read_text()
-        kills += 1
-        if (run / "config.yaml").exists():
-            words = ["resume", str(run)]
-    assert processes.run(words) == 0, processes.screen.read_text()
-    assert metrics(run)[0]["progress/step"] == 0 and steps_in(run) == list(range(81))
-    assert_same_end(run, straight)
+    rng, kills = random.Random(2), 0
+    for attempt in itertools.count():
+        run = tmp_path / f"run{attempt}"
+        status, words = -9, command(run, rows, **same)
+        while status == -9:
+            processes.start(words)
+            kill_at_random(processes, run, rng) if kills < 20 else None
+            status = processes.wait()
+            kills += status == -9
+            words = ["resume", str(run)] if (run / "config.yaml").exists() else words
+        assert status == 0, processes.screen.read_text()
+        assert steps_in(run) == list(range(81))
+        assert_same_end(run, straight)
+        if kills >= 20:
+            return
+
+
+def kill_at_random(processes: Processes, run: Path, rng: random.Random) -> None:
+    """Within the first second, or a moment after some more steps."""
+    if rng.random() < 0.3:
+        time.sleep(rng.uniform(0, 1.0))
+    else:
+        enough = num_rows(run) + rng.randint(1, 5)
+        wait_until(lambda: num_rows(run) >= enough or processes.has_ended)
+        time.sleep(rng.uniform(0, 0.03))
+    processes.signal(signal.SIGKILL)

@@ -78,7 +78,7 @@ def test_the_record_is_whole(run: Path) -> None:
 
 
 def test_the_tokens_counted_are_those_of_the_batches(run: Path, rows: Path) -> None:
-    """Every row but the incomplete batch once an epoch: an input token each, the last token of a row is only a target."""
+    """Each row but those of the incomplete batch once an epoch; the last token of a row is a target only."""
     texts = [TOKENIZER.apply_chat_template(chat(i)["messages"], tokenize=False) for i in range(40)]
     lengths = [len(TOKENIZER.encode(text)) - 1 for text in texts]
     counts = [0, *(row["progress/tokens"] for row in metrics(run)[1:])]
@@ -268,7 +268,7 @@ def test_a_stream_trains_too(tmp_path: Path, rows: Path) -> None:
 
 def test_a_mixture_trains_on_all_its_files(tmp_path: Path, rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = write_rows(tmp_path / "other.jsonl", map(chat, range(100, 140)))
-    words = [word for word in command(tmp_path / "run", rows, steps=2) if "data=" not in word and "data.path=" not in word]
+    words = [word for word in command(tmp_path / "run", rows, steps=2) if not word.startswith(("data=", "data.path="))]
     assert main([*words, "data=mixture", f"data.sources={{{rows}: 0.75, {other}: 0.25}}"]) == 0
     assert "mixed: rows.jsonl 40, other.jsonl 13" in capsys.readouterr().out
 
@@ -303,7 +303,7 @@ def test_a_run_starts_from_anothers_weights(here: Path, rows: Path, run: Path, w
         ("no-such-run", "init_from=no-such-run: no such directory, and no such run under ./runs"),
         (
             "tinker://0:train:0/weights/000001",
-            "init_from=tinker://0:train:0/weights/000001: no run under ./runs holds this checkpoint; give its directory",
+            "init_from={origin}: no run under ./runs holds this checkpoint; give its directory",
         ),
         ("empty", "init_from={here}/empty: neither a run with a checkpoint nor an adapter directory"),
     ],
@@ -313,7 +313,7 @@ def test_an_origin_that_is_none_is_one_line(
 ) -> None:
     (here / "empty").mkdir()
     assert train(here / "second", rows, init_from=origin) == 2
-    assert capsys.readouterr().err == f"error: {message.format(here=here)}\n"
+    assert capsys.readouterr().err == f"error: {message.format(here=here, origin=origin)}\n"
     assert not (here / "second").exists()
 
 

@@ -1,4 +1,4 @@
-"""Tiny random models with a byte-level tokenizer, saved as a hub model is; and tiny requests for the engine that holds them."""
+"""Tiny random models with a byte tokenizer, saved as a hub model is; and tiny requests for their engine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ VOCAB = 256 + len(SPECIAL)
 CONTEXT = 1024
 KINDS = ("llama", "llama-tied", "qwen2", "qwen3")
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -33,7 +35,7 @@ def _folder() -> Path:
 
 @functools.cache
 def tiny_model_dir(kind: str = "llama") -> Path:
-    """A directory that transformers (and `model.name=`) loads: config, seeded fp32 weights, byte tokenizer with ChatML."""
+    """What transformers (and `model.name=`) loads: config, seeded fp32 weights, byte tokenizer with ChatML."""
     directory = _folder() / kind
     model = tiny_model(kind)
     model.save_pretrained(directory)
@@ -46,8 +48,9 @@ def tiny_model(kind: str = "llama"):
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     sizes = {
-        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": CONTEXT, "tie_word_embeddings": kind == "llama-tied",
+        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT,
+        "tie_word_embeddings": kind == "llama-tied",
         "bos_token_id": None, "eos_token_id": VOCAB - 1, "pad_token_id": VOCAB - 3,
     }  # fmt: skip
     if kind == "qwen2":
@@ -97,7 +100,9 @@ def service_at(store: Path, **options) -> ServiceClient:
     return ServiceClient(store, EngineOptions(**{"dtype": "float32", "device": "cpu", **options}))
 
 
-def new_client(store: Path, kind: str = "llama", rank: int = 4, seed: int = 0, noise: bool = True, **targets) -> TrainingClient:
+def new_client(
+    store: Path, kind: str = "llama", rank: int = 4, seed: int = 0, noise: bool = True, **targets
+) -> TrainingClient:
     """A training client whose B is random too, so that the adapter matters."""
     client = service_at(store).create_lora_training_client(str(tiny_model_dir(kind)), rank, seed, **targets).result()
     if noise:

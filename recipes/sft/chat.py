@@ -141,6 +141,6 @@ def results(now: Submitted, rows: list[str]) -> tuple[float, float]:
     except FloatingPointError as error:
         shown = ", ".join(rows[:4]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
         raise UsageError(
-            f"step {now.step + 1}: loss {nll}, {error}; rows {shown}. The last checkpoint is good: lower learning_rate"
+            f"step {now.step + 1}: loss {nll}, {error}; rows {shown}. Earlier checkpoints are good: lower learning_rate"
             " (cook rerun), or look at these rows (cook data show)"
         ) from error

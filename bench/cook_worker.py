@@ -30,7 +30,12 @@ def main() -> None:
     info = trainers[0].get_info()
     trained = sum(sum(row["mask"][1:]) for row in job["probe"])
     first = trainers[0].forward([datum(row, 1.0) for row in job["probe"]], "cross_entropy").result()
-    say(ready=True, first_loss=first.metrics["loss:sum"] / trained, token_budget=info.token_budget, num_parameters=info.num_parameters)
+    say(
+        ready=True,
+        first_loss=first.metrics["loss:sum"] / trained,
+        token_budget=info.token_budget,
+        num_parameters=info.num_parameters,
+    )
     for line in sys.stdin:
         command = json.loads(line)
         if command["do"] == "peak":

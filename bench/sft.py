@@ -141,7 +141,14 @@ def tenants(args: argparse.Namespace) -> dict:
     single = len(ranks)  # one more client, of rank 32, does all the tokens alone
     worker = Worker(
         "bench.cook_worker",
-        {"model": model, "device": args.device, "probe": rows[:2], "ranks": [*ranks, 32], "setting": {"dtype": "auto"}, "scratch": scratch},
+        {
+            "model": model,
+            "device": args.device,
+            "probe": rows[:2],
+            "ranks": [*ranks, 32],
+            "setting": {"dtype": "auto"},
+            "scratch": scratch,
+        },
     )
     result = header(args, worker)
     seconds: dict[str, list[float]] = {"mixed": [], "one tenant": [], "one by one": []}

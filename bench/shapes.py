@@ -35,7 +35,9 @@ def random_model(name: str, scratch: Path) -> str:
     directory = scratch / name
     model.save_pretrained(directory)
     word_level = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
-    PreTrainedTokenizerFast(tokenizer_object=word_level, pad_token="<pad>", eos_token="<eos>").save_pretrained(directory)
+    PreTrainedTokenizerFast(tokenizer_object=word_level, pad_token="<pad>", eos_token="<eos>").save_pretrained(
+        directory
+    )
     return str(directory)
 
 

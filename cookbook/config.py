@@ -1,4 +1,4 @@
-"""The groups of keys that recipes share (`model.*`, `lora.*`, ...): types, defaults and their meaning. conf/ holds values only."""
+"""The groups of keys that recipes share (`model.*`, `lora.*`, ...): types, defaults, meaning. conf/ holds values only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 class ModelConfig:
     name: str = "smollm2-135m-instruct-q4_1"  # the embedded model's id, a hub id, a directory, or a .gguf file
     chat_template: str | None = None  # a built-in template (chatml, plain), a .jinja file, or null: the tokenizer's own
-    thinking: bool | None = None  # passed to templates that know `enable_thinking` (Qwen3); null: the template's default
+    thinking: bool | None = (
+        None  # passed to templates that know `enable_thinking` (Qwen3); null: the template's default
+    )
 
 
 @dataclass
@@ -62,4 +64,3 @@ class LogConfig:
     wandb_project: str = "cook"
     every: int = 1  # console line every N steps (metrics.jsonl always has each step)
     progress: bool = True  # live progress bar on a terminal
-

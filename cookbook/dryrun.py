@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel
 
-EXPECTED_SHARE = (
-    0.6  # of the measured product rate, at 4 FLOP per weight and token: a guess that holds small models too
-)
+EXPECTED_SHARE = 0.6  # of the measured product rate, at 4 FLOP per weight and token: a guess that holds small models too
 MEASURED_SECONDS = 0.3
 STREAM_STEPS = 8  # batches of a stream that are looked at
 
@@ -186,33 +184,27 @@ def read_shape(model: PreTrainedModel, lora: LoraConfig) -> Shape:
 
 
 def activation_bytes(shape: Shape, element: int) -> int:
-    """Bytes kept per token between forward and backward, as in core.engine.default_token_budget."""
-    kept = shape.qkv_size + shape.qkv_size + shape.q_size + 2 * shape.intermediate_size + 256
-    return shape.num_layers * (2 * 4 * shape.hidden_size + element * kept)
+    """Bytes kept per token between forward and backward."""
+    from core import machine
+
+    sizes = shape.hidden_size, shape.qkv_size, shape.q_size, shape.intermediate_size
+    return machine.activation_bytes(shape.num_layers, *sizes, element)
 
 
 def token_budget(asked: int | None, shape: Shape, element: int, device: torch.device) -> int:
     """Tokens per micro-batch that the engine would choose; on CUDA from what is free once the base model is loaded."""
     if asked:
         return asked
-    from core.engine import CPU_TOKEN_BUDGET
+    from core import machine
 
-    if device.type == "cpu":
-        return CPU_TOKEN_BUDGET
-    import torch
-
-    free = torch.cuda.mem_get_info(device)[0] - shape.num_parameters * element
-    fits = int(0.6 * free / activation_bytes(shape, element))
-    return max(256, min(16_384, fits // 256 * 256))
+    return machine.token_budget(device, activation_bytes(shape, element), reserved=shape.num_parameters * element)
 
 
-def memory_lines(
-    shape: Shape, config: SupervisedConfig, plan: Plan, dtype: torch.dtype, device: torch.device
-) -> list[str]:
+def memory_lines(shape: Shape, config: SupervisedConfig, plan: Plan, dtype: torch.dtype, device: torch.device) -> list[str]:
     """Base, adapter (fp32 weights, gradient and two moments, a copy and a gradient in the compute dtype), activations.
 
-    A lower bound: attention weights and what the allocator keeps come on top. On a CPU the base is there twice, as the
-    mapped file and as joined matrices.
+    A lower bound: attention weights and what the allocator keeps come on top. While a base is loaded on a CPU it is there
+    twice, as the mapped file and as joined matrices.
     """
     element = dtype.itemsize
     budget = token_budget(config.engine.token_budget, shape, element, device)

@@ -15,7 +15,7 @@ _HOME = {
     "ModelInput": "datum",
     "OptimStepOutput": "datum",
     "SaveOutput": "datum",
-    "EngineOptions": "engine",
+    "EngineOptions": "machine",
     "DamagedCheckpoint": "checkpoints",
     "Future": "futures",
     "LOSSES": "losses",

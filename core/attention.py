@@ -182,7 +182,7 @@ class _Grouped(torch.autograd.Function):
                 weights = kept if kept is not None else _weights(q[:, rows], block_k, keys, heads.group, ctx.scaling)
                 dv[:, :keys].baddbmm_(weights.transpose(1, 2), d[:, rows], beta=beta)
                 d_weights = torch.bmm(d[:, rows], block_v.transpose(1, 2))
-                d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+                d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
                 torch.bmm(d_scores, block_k, out=dq[:, rows])
                 dk[:, :keys].baddbmm_(d_scores.transpose(1, 2), q[:, rows], alpha=ctx.scaling, beta=beta)
             grads += [dq.mul_(ctx.scaling).view(-1, heads.size), dk.view(-1, heads.size), dv.view(-1, heads.size)]

@@ -183,7 +183,9 @@ def load(adapter: Adapter, directory: Path, base_model: str, base_fingerprint: s
         for view, key in ((a, "A"), (b, "B")):
             tensor = tensors[f"{_PREFIX}{name}.lora_{key}.weight"]
             if tensor.shape != view.shape:
-                raise ValueError(f"checkpoint {directory}: {name} lora_{key} is {list(tensor.shape)}, this adapter has {list(view.shape)}")
+                raise ValueError(
+                    f"checkpoint {directory}: {name} lora_{key} is {list(tensor.shape)}, this adapter has {list(view.shape)}"
+                )
             pairs.append((view, tensor))
     moments = _read_moments(directory, adapter) if with_optimizer else {}
     for view, tensor in pairs:

@@ -14,9 +14,11 @@ from pathlib import Path
 from core import checkpoints
 from core.datum import AdamParams, Datum, ForwardBackwardOutput, LoraConfig, ModelInfo, OptimStepOutput, SaveOutput
 from core.door import check_config, check_custom, check_data
-from core.engine import Call, CustomLoss, Engine, EngineOptions, PassRequest, Tenant
+from core.engine import Engine, Tenant
 from core.futures import Future
 from core.lora import Adapter
+from core.machine import EngineOptions
+from core.request import Call, CustomLoss, PassRequest
 
 _engines: dict[tuple, tuple[Engine, int]] = {}  # (base model, dtype, device) -> engine and its number of clients
 _engines_lock = threading.RLock()  # re-entered when a collected client's finalizer runs in a thread that holds it
@@ -189,7 +191,9 @@ class TrainingClient:
 
         def save() -> SaveOutput:
             if target.exists() and not overwrite:
-                raise ValueError(f"checkpoint '{name}' of {self.training_run_id} exists already; choose another name or overwrite=True")
+                raise ValueError(
+                    f"checkpoint '{name}' of {self.training_run_id} exists already; choose another name or overwrite=True"
+                )
             self._describe()
             checkpoints.save(self.adapter, target, self.engine.base_model, self.engine.fingerprint)
             return SaveOutput(f"tinker://{self.training_run_id}/weights/{name}", str(target))
@@ -204,9 +208,7 @@ class TrainingClient:
         if replace(theirs, seed=0) != replace(ours, seed=0):
             raise ValueError(f"checkpoint {directory} holds {theirs}, this client has {ours}")
         return self._call(
-            lambda: checkpoints.load(
-                self.adapter, directory, self.engine.base_model, self.engine.fingerprint, with_optimizer
-            )
+            lambda: checkpoints.load(self.adapter, directory, self.engine.base_model, self.engine.fingerprint, with_optimizer)
         )
 
     def _describe(self) -> None:

@@ -1,4 +1,4 @@
-"""What travels between a recipe and the engine: token sequences, their loss inputs, and parameters. Names and fields are Tinker's."""
+"""What travels between a recipe and the engine: token sequences, loss inputs, parameters. Names and fields are Tinker's."""
 
 from __future__ import annotations
 

@@ -9,13 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from core.attention import Heads, attend, make_layout
-from core.fused import AttentionInput, AttentionOutput, Batch, Layer, Linear, Mlp, Norm, normalise, normalise_backward, rms
+from core.fused import (
+    AttentionInput,
+    AttentionOutput,
+    Batch,
+    Layer,
+    Linear,
+    Mlp,
+    Norm,
+    normalise,
+    normalise_backward,
+    rms,
+)
 from core.head import UNEMBED, Head, Part, run_head
 from core.lora import Geometry, Matrix, Segment, Site
 from core.objective import Objective
@@ -25,8 +37,13 @@ _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 _UNHONOURED = (
-    "attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "logits_scaling", "embedding_multiplier", "residual_multiplier",
-)  # fmt: skip
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "embedding_multiplier",
+    "residual_multiplier",
+)
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
@@ -50,13 +67,19 @@ class Rows:
 class Decoder:
     """Forward and backward of one frozen base model in one dtype on one device."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Any,  # a transformers causal LM: its parts are found by name
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         self.model, self.dtype, self.device = model, dtype, device
         config = model.config
         self._refuse_unhonoured(config)
         backbone = model.get_decoder() if hasattr(model, "get_decoder") else model.model
         _expect(type(model).__name__, backbone, _BACKBONE)
         _expect_layer(f"{type(model).__name__} layer 0", backbone.layers[0])
+        _unmap(model.get_input_embeddings())
         self.embedding = model.get_input_embeddings().weight
         self.rotary = backbone.rotary_emb
         self.vocab_size = self.embedding.shape[0]
@@ -88,13 +111,15 @@ class Decoder:
                 raise UnsupportedModel(f"{kind}: {key}={getattr(config, key)} is not supported")
         rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
         if rope in _BATCH_DEPENDENT_ROPE:
-            raise UnsupportedModel(f"{kind}: rope_type={rope} is not supported (angles that depend on the longest sequence of a batch)")
+            raise UnsupportedModel(
+                f"{kind}: rope_type={rope} is not supported (angles that depend on the longest sequence of a batch)"
+            )
         if not all(getattr(config, "no_rope_layers", None) or [True]):  # 0: a layer without rotary embedding
             raise UnsupportedModel(f"{kind}: layers without rotary embedding (no_rope_layers) are not supported")
         if getattr(config, "hidden_act", "silu") not in ("silu", "swish"):
             raise UnsupportedModel(f"{kind}: hidden_act={config.hidden_act} is not supported (silu only)")
 
-    def _layer(self, index: int, layer: nn.Module, names: dict[int, str]) -> Layer:
+    def _layer(self, index: int, layer: Any, names: dict[int, str]) -> Layer:
         where = f"{type(self.model).__name__} layer {index}"
         _expect_layer(where, layer)
         attention, mlp = layer.self_attn, layer.mlp
@@ -109,7 +134,9 @@ class Decoder:
 
         q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         if q_norm is not None and q_norm.weight.shape[-1] != self.heads.size:
-            raise UnsupportedModel(f"{where}: q_norm over {q_norm.weight.shape[-1]} values, expected one head's {self.heads.size}")
+            raise UnsupportedModel(
+                f"{where}: q_norm over {q_norm.weight.shape[-1]} values, expected one head's {self.heads.size}"
+            )
         return Layer(
             attention_norm=_norm(layer.input_layernorm, names),
             qkv=fuse("qkv", "attn", [attention.q_proj, attention.k_proj, attention.v_proj]),
@@ -144,7 +171,9 @@ class Decoder:
             x.requires_grad_()
         cos, sin = self.rotary(x, position_ids=rows.positions.unsqueeze(0))
         if cos.shape[-1] != self.heads.size:
-            raise UnsupportedModel(f"rotary embedding over {cos.shape[-1]} of {self.heads.size} values of a head is not supported")
+            raise UnsupportedModel(
+                f"rotary embedding over {cos.shape[-1]} of {self.heads.size} values of a head is not supported"
+            )
         half = self.heads.size // 2
         cos, sin = (t[0, :, None, :half].to(self.dtype) for t in (cos, sin))
         layout = make_layout(rows.lengths, self.heads, self.device)
@@ -202,13 +231,13 @@ def _run_layer(x: torch.Tensor, layer: Layer, batch: Batch) -> torch.Tensor:
     return Mlp.apply(x, layer, batch)
 
 
-def _expect_layer(where: str, layer: nn.Module) -> None:
+def _expect_layer(where: str, layer: Any) -> None:
     _expect(where, layer, _LAYER)
-    _expect(f"{where} self_attn", layer.self_attn, _ATTENTION, optional={"q_norm", "k_norm", "rotary_fn"})
+    _expect(f"{where} self_attn", layer.self_attn, _ATTENTION, optional=frozenset({"q_norm", "k_norm", "rotary_fn"}))
     _expect(f"{where} mlp", layer.mlp, _MLP)
 
 
-def _expect(where: str, module: nn.Module, names: set[str], optional: set[str] = frozenset()) -> None:
+def _expect(where: str, module: nn.Module, names: set[str], optional: frozenset[str] = frozenset()) -> None:
     found = {name for name, _ in module.named_children()}
     if missing := names - found:
         raise UnsupportedModel(f"{where} ({type(module).__name__}) lacks {sorted(missing)}: not a Llama-like decoder")
@@ -216,7 +245,7 @@ def _expect(where: str, module: nn.Module, names: set[str], optional: set[str] =
         raise UnsupportedModel(f"{where} ({type(module).__name__}) has {sorted(extra)}, which the engine does not compute")
 
 
-def _norm(module: nn.Module, names: dict[int, str]) -> Norm:
+def _norm(module: Any, names: dict[int, str]) -> Norm:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if eps is None:
         raise UnsupportedModel(f"{names[id(module)]} ({type(module).__name__}) is not an RMSNorm")
@@ -227,6 +256,7 @@ def _fuse(site: str, modules: Sequence[nn.Linear]) -> Linear:
     """Concatenate the weights into one buffer and make the modules' own parameters views of it."""
     if len(modules) == 1:
         module = modules[0]
+        _unmap(module)
         return Linear(site, module.weight.detach(), None if module.bias is None else module.bias.detach())
     weight = torch.cat([m.weight.detach() for m in modules])
     for module, part in zip(modules, weight.split([m.out_features for m in modules]), strict=True):
@@ -235,3 +265,10 @@ def _fuse(site: str, modules: Sequence[nn.Linear]) -> Linear:
     if biases and len(biases) != len(modules):
         raise UnsupportedModel(f"{site}: only some of its matrices have a bias")
     return Linear(site, weight, torch.cat([b.detach() for b in biases]) if biases else None)
+
+
+def _unmap(module: nn.Module) -> None:
+    """On a CPU, copy the weight out of the mapped file: fused weights are copies already, and the last reader unmaps it."""
+    weight = module.weight
+    if isinstance(weight, torch.Tensor) and weight.device.type == "cpu":
+        weight.data = weight.data.clone()

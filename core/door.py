@@ -56,7 +56,9 @@ def _check(datum: Datum, where: str, loss_fn: str, vocab_size: int, max_length: 
     targets = _tensor(datum.loss_fn_inputs["target_tokens"], torch.int64, f"{where}.loss_fn_inputs['target_tokens']")
     _check_length(targets, f"{where}.loss_fn_inputs['target_tokens']", n)
     if targets.dim() == 2 and loss_fn != "cross_entropy":
-        raise ValueError(f"{where}.loss_fn_inputs['target_tokens'] has shape {list(targets.shape)}; {loss_fn} takes one target per position")
+        raise ValueError(
+            f"{where}.loss_fn_inputs['target_tokens'] has shape {list(targets.shape)}; {loss_fn} takes one target per position"
+        )
     _check_vocabulary(targets, f"{where}.loss_fn_inputs['target_tokens']", vocab_size)
     inputs = {}
     for key, raw in datum.loss_fn_inputs.items():

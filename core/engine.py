@@ -6,89 +6,27 @@ submission, and the forward_backward requests at the heads of different clients'
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
+from core.machine import EngineOptions, default_token_budget  # first: it sets the allocator up before torch's threads
 
-from core.datum import Datum, ForwardBackwardOutput
+import torch  # isort: skip
+
+from core.custom import CustomObjective, evaluate_custom, finish_custom
+from core.datum import ForwardBackwardOutput
 from core.decoder import Decoder
-from core.door import Sequenced
 from core.futures import Future
 from core.lora import Adapter, ComputeCopies, Geometry, Segment
 from core.models import fingerprint, load_base
 from core.objective import Objective, Term
 from core.packing import Item, cut, lay_out
+from core.request import Call, PassRequest
 
 log = logging.getLogger("cook.engine")
-CPU_TOKEN_BUDGET = 1024  # tokens per micro-batch: products run at full speed from about 500 rows, memory grows with it
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
-CustomLoss = Callable[[Sequence[Datum], list[torch.Tensor]], tuple[torch.Tensor, dict[str, float]]]
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """dtype auto: bfloat16 on CUDA and on CPUs with bf16 instructions, else float32. token_budget None: by the machine."""
-
-    dtype: str = "auto"
-    device: str = "auto"
-    token_budget: int | None = None
-
-    def resolve(self) -> tuple[torch.dtype, torch.device]:
-        device = self.device if self.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"engine.device={device}, but this torch sees no CUDA device: use engine.device=cpu")
-        name = self.dtype
-        if name == "auto":
-            fast = device.startswith("cuda") or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-            name = "bfloat16" if fast else "float32"
-        if name not in ("bfloat16", "float32"):
-            raise ValueError(f"engine.dtype={name}, expected auto, bfloat16 or float32")
-        return getattr(torch, name), torch.device(device)
-
-
-@dataclass
-class PassRequest:
-    """A forward_backward, forward or custom request that passed the door."""
-
-    adapter: Adapter
-    data: list[Sequenced]
-    loss_fn: str
-    config: Mapping[str, float]
-    train: bool
-    weighted_only: bool
-    future: Future[ForwardBackwardOutput]
-    custom: CustomLoss | None = None
-    source: Sequence[Datum] = ()
-    gradients: list[torch.Tensor] | None = None  # per datum [N, K], once a custom loss has been evaluated
-
-    def items(self, number: int) -> list[Item]:
-        return [
-            Item(number, i, self.adapter, datum.tokens, datum.targets, self._wanted(datum))
-            for i, datum in enumerate(self.data)
-        ]
-
-    def _wanted(self, datum: Sequenced) -> torch.Tensor | None:
-        if not self.weighted_only or "weights" not in datum.inputs:
-            return None
-        wanted = datum.inputs["weights"] != 0
-        if "sequence_ratio_mask" in datum.inputs:  # gspo's ratio also reads positions that are not trained
-            wanted = wanted | (datum.inputs["sequence_ratio_mask"] != 0)
-        return wanted.any(dim=1).nonzero().squeeze(1)
-
-
-@dataclass
-class Call:
-    """Any other operation: runs alone, in its client's order."""
-
-    work: Callable[[], Any]
-    future: Future
 
 
 @dataclass(eq=False)  # two idle tenants are still two
@@ -103,7 +41,6 @@ class Engine:
     """See the module's docstring. Clients submit from any thread."""
 
     def __init__(self, base_model: str, options: EngineOptions) -> None:
-        _keep_freed_memory()
         dtype, device = options.resolve()
         self.base_model, self.dtype, self.device = base_model, dtype, device
         model = load_base(base_model, dtype, device)
@@ -171,7 +108,7 @@ class Engine:
             pass
 
     def _serve_heads(self) -> bool:
-        """Wait for work and do the first operation of every queue; False at the end. (No local outlives it: adapters are large.)"""
+        """Wait, then do the first operation of every queue; False at the end. No local outlives it: adapters are large."""
         with self._wake:
             while not any(tenant.queue for tenant in self._tenants):
                 if self._stopping:
@@ -211,7 +148,12 @@ class Engine:
             request.future.set_result(ForwardBackwardOutput(results, {"loss:sum": total}))
 
     def _run_items(
-        self, requests: list[PassRequest], items: list[Item], train: bool, outputs: list[list[torch.Tensor]], sums: list[float]
+        self,
+        requests: list[PassRequest],
+        items: list[Item],
+        train: bool,
+        outputs: list[list[torch.Tensor]],
+        sums: list[float],
     ) -> None:
         waiting = deque(cut(items, self.token_budget))
         while waiting:
@@ -241,7 +183,12 @@ class Engine:
             torch.cuda.empty_cache()
 
     def _run_micro_batch(
-        self, requests: list[PassRequest], batch: list[Item], train: bool, outputs: list[list[torch.Tensor]], sums: list[float]
+        self,
+        requests: list[PassRequest],
+        batch: list[Item],
+        train: bool,
+        outputs: list[list[torch.Tensor]],
+        sums: list[float],
     ) -> None:
         rows, ordered = lay_out(batch, self.copies, self.device, with_grad=train)
         objective = Objective(self._terms(requests, ordered), rows.targets.shape, self.device)
@@ -302,18 +249,18 @@ class Engine:
         loss, metrics, request.gradients = evaluate_custom(request, outputs[0])
         if request.train:
             self._run_items([request], request.items(0), True, outputs, [0.0])
-        _finish_custom(request, outputs[0], loss, metrics)
+        finish_custom(request, outputs[0], loss, metrics)
 
     def _run_custom_at_once(self, request: PassRequest, batch: list[Item], outputs: list[list[torch.Tensor]]) -> None:
         """One forward and one backward: the loss is evaluated between the head's two runs."""
         rows, ordered = lay_out(batch, self.copies, self.device, with_grad=True)
-        objective = _Custom(request, ordered, rows.targets.shape, self.device)
+        objective = CustomObjective(request, ordered, rows.targets.shape, self.device)
         logprobs = self.decoder.train(rows, objective, self.recompute)
         for segment in rows.segments:
             segment.fold()
         for item, lp in zip(ordered, logprobs.cpu().split([item.length for item in ordered]), strict=True):
             outputs[0][item.index] = lp
-        _finish_custom(request, outputs[0], objective.loss, objective.metrics)
+        finish_custom(request, outputs[0], objective.loss, objective.metrics)
 
 
 def _overflowed(segments: Sequence[Segment], logprobs: torch.Tensor) -> bool:
@@ -321,72 +268,3 @@ def _overflowed(segments: Sequence[Segment], logprobs: torch.Tensor) -> bool:
     shared = [segment for segment in segments if len(segment.columns) > 1]
     finite = bool(torch.isfinite(logprobs).all()) if shared else True
     return not finite or any(s.grad is not None and not bool(torch.isfinite(s.grad.sum())) for s in shared)
-
-
-class _Custom(Objective):
-    """A caller's loss over the whole micro-batch."""
-
-    def __init__(self, request: PassRequest, ordered: list[Item], shape: torch.Size, device: torch.device) -> None:
-        super().__init__([], shape, device)
-        self.request, self.ordered, self.per_token = request, ordered, False
-        self.loss, self.metrics = 0.0, {}
-
-    def gradient(self, rows: slice, logprobs: torch.Tensor) -> torch.Tensor:
-        by_datum: list[torch.Tensor] = [torch.empty(0)] * len(self.ordered)
-        for item, lp in zip(self.ordered, logprobs.cpu().split([item.length for item in self.ordered]), strict=True):
-            by_datum[item.index] = lp
-        self.loss, self.metrics, gradients = evaluate_custom(self.request, by_datum)
-        return torch.cat([gradients[item.index] for item in self.ordered]).to(logprobs.device)
-
-
-def evaluate_custom(
-    request: PassRequest, logprobs: list[torch.Tensor]
-) -> tuple[float, dict[str, float], list[torch.Tensor]]:
-    """(loss, metrics, d loss / d logprobs per datum as [N, K]). Raises ValueError when the loss is not a finite scalar."""
-    assert request.custom is not None
-    leaves = [lp.detach().reshape(d.shape).requires_grad_() for lp, d in zip(logprobs, request.data, strict=True)]
-    with torch.enable_grad():
-        loss, metrics = request.custom(request.source, leaves)
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-        raise ValueError(f"the custom loss returned {loss!r:.80}, expected (scalar tensor, metrics)")
-    if not bool(torch.isfinite(loss.detach()).all()):
-        raise ValueError(f"the custom loss is {float(loss.detach())}, expected a finite number")
-    gradients = [torch.zeros_like(leaf) for leaf in leaves]
-    if loss.requires_grad:
-        found = torch.autograd.grad(loss, leaves, allow_unused=True)
-        gradients = [zero if g is None else g for g, zero in zip(found, gradients, strict=True)]
-    shaped = [g.reshape(len(g), -1) for g in gradients]
-    return float(loss.detach()), dict(metrics), shaped
-
-
-def _finish_custom(request: PassRequest, logprobs: list[torch.Tensor], loss: float, metrics: dict[str, float]) -> None:
-    results = [{"logprobs": lp.reshape(d.shape)} for lp, d in zip(logprobs, request.data, strict=True)]
-    request.future.set_result(ForwardBackwardOutput(results, {"loss:sum": loss, **metrics}))
-
-
-def default_token_budget(decoder: Decoder) -> int:
-    """Tokens per micro-batch: a constant on CPU; on CUDA what activations can take of the free memory."""
-    if decoder.device.type == "cpu":
-        return CPU_TOKEN_BUDGET
-    heads, d = decoder.heads, decoder.embedding.shape[1]
-    intermediate = decoder.layers[0].down.weight.shape[1]
-    element = decoder.dtype.itemsize
-    per_layer = 2 * 4 * d + element * (2 * heads.total * heads.size + heads.q * heads.size + 2 * intermediate + 256)
-    free, _ = torch.cuda.mem_get_info(decoder.device)
-    fits = int(0.6 * free / (per_layer * len(decoder.layers)))
-    return max(256, min(16_384, fits // 256 * 256))
-
-
-def _keep_freed_memory() -> None:
-    """Keep freed activations in the process: glibc would return them to the kernel and fault every page in again.
-
-    One arena, because those of other threads are unmapped when they empty; 32 MB is the largest threshold glibc accepts.
-    """
-    if sys.platform != "linux":
-        return
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, 1 << 25), (_M_TRIM_THRESHOLD, (1 << 31) - 1)):
-            libc.mallopt(option, value)
-    except (OSError, AttributeError):  # another libc: nothing to set
-        return

@@ -66,12 +66,13 @@ def _convert(gguf_file: Path, target: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise ValueError(f"{name}: {len(tokenizer)} token ids for {model.get_input_embeddings().num_embeddings} rows")
+    num_rows = len(model.get_input_embeddings().weight)  # pyright: ignore[reportArgumentType]
+    if len(tokenizer) > num_rows:
+        raise ValueError(f"{name}: {len(tokenizer)} token ids for {num_rows} rows of the embedding")
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.name_or_path = ""
     if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+        delattr(model.config, "quantization_config")
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     logging.enable_progress_bar()

@@ -114,11 +114,13 @@ class Adapter:
         norm = float(torch.linalg.vector_norm(self.grad))
         if not norm < float("inf"):
             self.clear_grad()
-            raise FloatingPointError(f"the gradient of optimizer step {self.step + 1} is not finite (norm {norm}); weights unmoved")
+            raise FloatingPointError(
+                f"the gradient of optimizer step {self.step + 1} is not finite (norm {norm}); weights unmoved"
+            )
         if adam.grad_clip_norm > 0 and norm > adam.grad_clip_norm:
             self.grad.mul_(adam.grad_clip_norm / norm)
         self.step += 1
-        torch._fused_adamw_(
+        torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
             [self.params], [self.grad], [self.exp_avg], [self.exp_avg_sq], [],
             [torch.tensor(float(self.step), device=self.params.device)],
             lr=adam.learning_rate, beta1=adam.beta1, beta2=adam.beta2, weight_decay=adam.weight_decay, eps=adam.eps,

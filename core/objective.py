@@ -36,7 +36,10 @@ class Objective:
             start, stop = max(run.rows.start, rows.start), min(run.rows.stop, rows.stop)
             if start >= stop:
                 continue
-            here, inner = slice(start - rows.start, stop - rows.start), slice(start - run.rows.start, stop - run.rows.start)
+            here, inner = (
+                slice(start - rows.start, stop - rows.start),
+                slice(start - run.rows.start, stop - run.rows.start),
+            )
             if run.gradient is not None:
                 gradient[here] = run.gradient[inner]
                 continue

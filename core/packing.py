@@ -44,7 +44,8 @@ def cut(items: Sequence[Item], token_budget: int) -> list[list[Item]]:
     batches: list[list[Item]] = []
     for k in sorted({item.targets.shape[1] for item in items}):
         members = sorted(
-            (item for item in items if item.targets.shape[1] == k), key=lambda item: (-item.length, item.request, item.index)
+            (item for item in items if item.targets.shape[1] == k),
+            key=lambda item: (-item.length, item.request, item.index),
         )
         total = sum(item.length for item in members)
         even = total / max(1, -(-total // token_budget))
@@ -60,9 +61,7 @@ def cut(items: Sequence[Item], token_budget: int) -> list[list[Item]]:
     return batches
 
 
-def lay_out(
-    batch: Sequence[Item], copies: ComputeCopies, device: torch.device, with_grad: bool
-) -> tuple[Rows, list[Item]]:
+def lay_out(batch: Sequence[Item], copies: ComputeCopies, device: torch.device, with_grad: bool) -> tuple[Rows, list[Item]]:
     """Packed rows of one micro-batch and its items in row order."""
     bins = _bins(batch, merge_cost=4_000 if device.type == "cpu" else 1_000_000)
     ordered: list[Item] = []

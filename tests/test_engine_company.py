@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from core import AdamParams, TrainingClient
-from core.engine import Call, Engine
+from core.engine import Engine
+from core.request import Call
 from core.futures import Future
 from core.losses import LOSSES
 from core.packing import Item, _bins

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from core import AdamParams, EngineOptions, ModelNotFound, ServiceClient, clients
-from core.engine import Call
+from core.request import Call
 from core.futures import Future
 from tests.tiny import data, flat, new_client, service_at, tiny_model_dir
 

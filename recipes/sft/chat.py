@@ -60,7 +60,7 @@ def main(config: Config) -> None:
             config.data, renderer, seed=config.seed, batch_size=config.batch_size, max_length=config.max_length,
             console=run.console,
         )  # fmt: skip
-        trainer = opened(loading) if loading else found[1]
+        trainer = found[1] if found else opened(loading)
         info = trainer.get_info()
         check_context(config.max_length, info)
         num_steps = total_steps(config.steps, config.epochs, data.epoch_steps)

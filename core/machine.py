@@ -1,0 +1,75 @@
+"""What the machine allows: dtype, device, micro-batch size, and the allocator kept from giving memory back."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Keep freed activations in the process: glibc would return them to the kernel and fault every page in again.
+
+    One arena, because those of other threads are unmapped when they empty; 32 MB is the largest threshold glibc accepts.
+    """
+    if sys.platform != "linux":
+        return
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, 1 << 25), (_M_TRIM_THRESHOLD, (1 << 31) - 1)):
+            libc.mallopt(option, value)
+    except (OSError, AttributeError):  # another libc: nothing to set
+        return
+
+
+keep_freed_memory()  # before torch starts threads: an arena, once made, stays
+
+import torch  # noqa: E402
+
+if TYPE_CHECKING:
+    from core.decoder import Decoder
+
+CPU_TOKEN_BUDGET = 512  # tokens per micro-batch: products run at nearly full speed, and activations take 18 kB a token-layer
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """dtype auto: bfloat16 on CUDA and on CPUs with bf16 instructions, else float32. token_budget None: by the machine."""
+
+    dtype: str = "auto"
+    device: str = "auto"
+    token_budget: int | None = None
+
+    def resolve(self) -> tuple[torch.dtype, torch.device]:
+        device = self.device if self.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"engine.device={device}, but this torch sees no CUDA device: use engine.device=cpu")
+        name = self.dtype
+        if name == "auto":
+            fast = device.startswith("cuda") or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            name = "bfloat16" if fast else "float32"
+        if name not in ("bfloat16", "float32"):
+            raise ValueError(f"engine.dtype={name}, expected auto, bfloat16 or float32")
+        return getattr(torch, name), torch.device(device)
+
+
+def activation_bytes(num_layers: int, hidden: int, qkv: int, attended: int, intermediate: int, element: int) -> int:
+    """Bytes a token keeps between forward and backward: two fp32 residuals a layer, the rest in the compute dtype."""
+    return num_layers * (2 * 4 * hidden + element * (2 * qkv + attended + 2 * intermediate + 256))
+
+
+def token_budget(device: torch.device, bytes_per_token: int, reserved: int = 0) -> int:
+    """Tokens per micro-batch: a constant on CPU; on CUDA what activations can take of the memory free but `reserved`."""
+    if device.type == "cpu":
+        return CPU_TOKEN_BUDGET
+    fits = int(0.6 * (torch.cuda.mem_get_info(device)[0] - reserved) / bytes_per_token)
+    return max(256, min(16_384, fits // 256 * 256))
+
+
+def default_token_budget(decoder: Decoder) -> int:
+    heads, layers = decoder.heads, decoder.layers
+    sizes = decoder.embedding.shape[1], heads.total * heads.size, heads.q * heads.size, layers[0].down.weight.shape[1]
+    return token_budget(decoder.device, activation_bytes(len(layers), *sizes, decoder.dtype.itemsize))

@@ -1,0 +1,54 @@
+"""What waits in a client's queue."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from core.datum import Datum, ForwardBackwardOutput
+from core.door import Sequenced
+from core.futures import Future
+from core.lora import Adapter
+from core.packing import Item
+
+CustomLoss = Callable[[Sequence[Datum], list[torch.Tensor]], tuple[torch.Tensor, dict[str, float]]]
+
+
+@dataclass
+class PassRequest:
+    """A forward_backward, forward or custom request that passed the door."""
+
+    adapter: Adapter
+    data: list[Sequenced]
+    loss_fn: str
+    config: Mapping[str, float]
+    train: bool
+    weighted_only: bool
+    future: Future[ForwardBackwardOutput]
+    custom: CustomLoss | None = None
+    source: Sequence[Datum] = ()
+    gradients: list[torch.Tensor] | None = None  # per datum [N, K], once a custom loss has been evaluated
+
+    def items(self, number: int) -> list[Item]:
+        return [
+            Item(number, i, self.adapter, datum.tokens, datum.targets, self._wanted(datum)) for i, datum in enumerate(self.data)
+        ]
+
+    def _wanted(self, datum: Sequenced) -> torch.Tensor | None:
+        if not self.weighted_only or "weights" not in datum.inputs:
+            return None
+        wanted = datum.inputs["weights"] != 0
+        if "sequence_ratio_mask" in datum.inputs:  # gspo's ratio also reads positions that are not trained
+            wanted = wanted | (datum.inputs["sequence_ratio_mask"] != 0)
+        return wanted.any(dim=1).nonzero().squeeze(1)
+
+
+@dataclass
+class Call:
+    """Any other operation: runs alone, in its client's order."""
+
+    work: Callable[[], Any]
+    future: Future

@@ -18,6 +18,7 @@ def connect(service: str, store: Path, engine: EngineConfig) -> ServiceClient:
     if service != "local":
         raise UsageError(f"service={service}: only service=local exists in this version")
     import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401  two threads at it meet half a module
 
     from core import EngineOptions, ServiceClient
 
@@ -31,9 +32,7 @@ def connect(service: str, store: Path, engine: EngineConfig) -> ServiceClient:
     except RuntimeError as error:  # torch's list of two dozen kinds
         raise UsageError(f"engine.device={engine.device}: expected auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"engine.device={engine.device}: there are {torch.cuda.device_count()} CUDA devices, from cuda:0"
-        )
+        raise UsageError(f"engine.device={engine.device}: there are {torch.cuda.device_count()} CUDA devices, from cuda:0")
     return ServiceClient(store, options)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 BLOCK = 256  # queries per block; sequences up to this length keep their attention weights for backward
-PAD_TO = 16  # lengths of groups are multiples of this: fewer distinct shapes, whole vector registers
+PAD_TO = 32  # lengths of groups are multiples of this: few distinct shapes, whole vector registers
 
 
 @dataclass(frozen=True)

@@ -249,6 +249,7 @@ def _norm(module: Any, names: dict[int, str]) -> Norm:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if eps is None:
         raise UnsupportedModel(f"{names[id(module)]} ({type(module).__name__}) is not an RMSNorm")
+    _unmap(module)
     return Norm(module.weight.detach().float(), float(eps))
 
 
@@ -267,7 +268,7 @@ def _fuse(site: str, modules: Sequence[nn.Linear]) -> Linear:
     return Linear(site, weight, torch.cat([b.detach() for b in biases]) if biases else None)
 
 
-def _unmap(module: nn.Module) -> None:
+def _unmap(module: Any) -> None:
     """On a CPU, copy the weight out of the mapped file: fused weights are copies already, and the last reader unmaps it."""
     weight = module.weight
     if isinstance(weight, torch.Tensor) and weight.device.type == "cpu":

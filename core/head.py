@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from core.lora import Segment, mm_into
 
 UNEMBED = "unembed"
+ROW_MULTIPLE = 32  # rows of a chunk: few distinct shapes
 
 # (rows of the chunk among the selected rows, logprobs [n, K]) -> d loss / d logprobs [n, K]
 GradientOf = Callable[[slice, torch.Tensor], torch.Tensor]
@@ -53,10 +54,12 @@ def run_head(
     for part in parts:
         for start in range(part.rows.start, part.rows.stop, step):
             rows = slice(start, min(start + step, part.rows.stop))
-            chunk = _Chunk(head, h[rows], targets[rows], part, rows)
-            logprobs[rows] = chunk.logprobs
+            n = rows.stop - rows.start
+            fill = (0, 0, 0, -n % ROW_MULTIPLE)
+            chunk = _Chunk(head, F.pad(h[rows], fill), F.pad(targets[rows], fill), part, rows)
+            logprobs[rows] = chunk.logprobs[:n]
             if gradient_of is not None and dh is not None:
-                chunk.backward(gradient_of(rows, chunk.logprobs), dh[rows])
+                dh[rows] = chunk.backward(F.pad(gradient_of(rows, chunk.logprobs[:n]), fill))[:n]
     return logprobs, dh
 
 
@@ -69,7 +72,9 @@ class _Chunk:
         self.u = self.b = None
         if self.site is not None:
             local = slice(rows.start - part.rows.start, rows.stop - part.rows.start)
-            self.scale = part.scale[local] if isinstance(part.scale, torch.Tensor) else part.scale
+            self.scale = part.scale
+            if isinstance(part.scale, torch.Tensor):
+                self.scale = F.pad(part.scale[local], (0, 0, 0, len(h) - (rows.stop - rows.start)))
             self.u = self._scaled(h @ self.segment.a(self.site, self.segment.factors))
             self.b = self.segment.factors[self.site.b[0]]
         target_logits = self._target_logits()
@@ -107,8 +112,8 @@ class _Chunk:
         self.target_exp = (target_logit - shift.float()).exp()
         self.total = others.squeeze(0).float() + self.target_exp
 
-    def backward(self, g: torch.Tensor, dh: torch.Tensor) -> None:
-        """Write d h for d logprobs g [n, K]; d logits = sum_k g_k onehot(target_k) - (sum_k g_k) softmax."""
+    def backward(self, g: torch.Tensor) -> torch.Tensor:
+        """d h for d logprobs g [n, K]; d logits = sum_k g_k onehot(target_k) - (sum_k g_k) softmax."""
         g_total = g.sum(1)
         columns = torch.arange(len(g), device=g.device)
         d_logits = self.exp.mul_((-g_total / self.total).to(self.exp.dtype))
@@ -116,14 +121,14 @@ class _Chunk:
         at_targets[:, 0] -= g_total * self.target_exp / self.total
         for k in range(g.shape[1]):
             d_logits.index_put_((self.targets[:, k], columns), at_targets[:, k].to(d_logits.dtype), accumulate=True)
-        torch.mm(d_logits.T, self.head.weight, out=dh)
+        dh = d_logits.T @ self.head.weight
         if self.site is None or self.u is None or self.b is None:
-            return
+            return dh
         du = self._scaled(d_logits.T @ self.b)
         if self.segment.grad is not None:
             _add_product(self.segment.grad[self.site.b[0]], d_logits, self.u)
             _add_product(self.segment.a(self.site, self.segment.grad), self.h.T, du)
-        dh.addmm_(du, self.segment.a(self.site, self.segment.factors).T)
+        return dh.addmm_(du, self.segment.a(self.site, self.segment.factors).T)
 
 
 def _add_product(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:

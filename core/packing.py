@@ -14,6 +14,8 @@ from core.decoder import Rows
 from core.head import Part
 from core.lora import Adapter, ComputeCopies, Segment
 
+ROW_MULTIPLE = 16  # rows of a segment: a product of a new shape costs a CPU several calls of a known one
+
 
 @dataclass(frozen=True)
 class Item:
@@ -65,30 +67,37 @@ def lay_out(batch: Sequence[Item], copies: ComputeCopies, device: torch.device, 
     """Packed rows of one micro-batch and its items in row order."""
     bins = _bins(batch, merge_cost=4_000 if device.type == "cpu" else 1_000_000)
     ordered: list[Item] = []
+    lengths: list[int] = []
     segments: list[Segment] = []
     parts: list[Part] = []
     start = selected_start = 0
     for adapters in bins:
         members = [item for adapter in adapters for item in batch if item.adapter is adapter]
         members.sort(key=lambda item: adapters.index(item.adapter))
-        end = start + sum(item.length for item in members)
+        lengths += [item.length for item in members]
+        lengths[-1] += -sum(item.length for item in members) % ROW_MULTIPLE
+        end = sum(lengths)
         segment = _segment(start, end, adapters, members, copies, with_grad)
         selected_end = selected_start + sum(item.num_wanted for item in members)
         parts.append(Part(slice(selected_start, selected_end), segment, _selected_scale(segment, members)))
         segments.append(segment)
         ordered += members
         start, selected_start = end, selected_end
-    lengths = [item.length for item in ordered]
     rows = Rows(
-        tokens=torch.cat([item.tokens for item in ordered]).to(device),
+        tokens=torch.cat([_lengthened(item, length) for item, length in zip(ordered, lengths, strict=True)]).to(device),
         positions=torch.cat([torch.arange(length) for length in lengths]).to(device),
         lengths=lengths,
         segments=segments,
-        selected=_selected(ordered, device),
+        selected=_selected(ordered, lengths).to(device),
         targets=torch.cat([_wanted(item, item.targets) for item in ordered]).to(device),
         parts=parts,
     )
     return rows, ordered
+
+
+def _lengthened(item: Item, length: int) -> torch.Tensor:
+    """Tokens after the end are seen by nothing before them and have no loss: their gradient is zero."""
+    return torch.cat([item.tokens, item.tokens[-1:].expand(length - item.length)])
 
 
 def _bins(batch: Sequence[Item], merge_cost: int) -> list[list[Adapter]]:
@@ -135,17 +144,13 @@ def _segment(
     return Segment(start, end, adapters[0].geometry, factors, scale, grad, columns)
 
 
-def _selected(ordered: Sequence[Item], device: torch.device) -> torch.Tensor | None:
-    if all(item.wanted is None for item in ordered):
-        return None
-    starts = [0]
-    for item in ordered:
-        starts.append(starts[-1] + item.length)
-    wanted = [
-        start + (torch.arange(item.length) if item.wanted is None else item.wanted)
-        for start, item in zip(starts[:-1], ordered, strict=True)
-    ]
-    return torch.cat(wanted).to(device)
+def _selected(ordered: Sequence[Item], lengths: Sequence[int]) -> torch.Tensor:
+    """Row indices of the wanted positions, [n] ascending; `lengths` are rows per item."""
+    indices, start = [], 0
+    for item, length in zip(ordered, lengths, strict=True):
+        indices.append(start + (torch.arange(item.length) if item.wanted is None else item.wanted))
+        start += length
+    return torch.cat(indices)
 
 
 def _wanted(item: Item, values: torch.Tensor) -> torch.Tensor:
@@ -155,5 +160,4 @@ def _wanted(item: Item, values: torch.Tensor) -> torch.Tensor:
 def _selected_scale(segment: Segment, members: Sequence[Item]) -> torch.Tensor | float:
     if not isinstance(segment.scale, torch.Tensor):
         return segment.scale
-    selected = _selected(members, segment.scale.device)
-    return segment.scale if selected is None else segment.scale[selected]
+    return segment.scale[_selected(members, [item.length for item in members]).to(segment.scale.device)]

@@ -15,10 +15,10 @@ import torch
 
 from core import AdamParams, TrainingClient
 from core.engine import Engine
-from core.request import Call
 from core.futures import Future
 from core.losses import LOSSES
 from core.packing import Item, _bins
+from core.request import Call
 from tests.tiny import assert_close, data, flat, gradients, new_client, randomise
 
 pytestmark = pytest.mark.usefixtures("one_thread")

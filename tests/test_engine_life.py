@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from core import AdamParams, EngineOptions, ModelNotFound, ServiceClient, clients
-from core.request import Call
 from core.futures import Future
+from core.request import Call
 from tests.tiny import data, flat, new_client, service_at, tiny_model_dir
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from cookbook.config import EngineConfig, LoraConfig, ModelConfig
 from cookbook.errors import UsageError
 from cookbook.service import adapter_directory, check_context, connect, new_trainer, opened
 from core import AdamParams
+from tests.small_runs import ROOT
 from tests.tiny import datum, flat, new_client, tiny_model_dir
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -120,3 +123,14 @@ def test_a_service_that_cannot_be_is_refused(tmp_path: Path, service: str, engin
     with pytest.raises(UsageError) as refused:
         connect(service, tmp_path, engine)
     assert str(refused.value) == message
+
+
+def test_after_connecting_the_threads_find_transformers_imported(tmp_path: Path) -> None:
+    """Its __init__ swaps itself out while it runs: a second thread that imports it meanwhile fails."""
+    code = (
+        "import sys; from pathlib import Path; from cookbook.config import EngineConfig; from cookbook.service import connect;"
+        f"connect('local', Path({str(tmp_path)!r}), EngineConfig(device='cpu'));"
+        "print({'AutoTokenizer', 'AutoModelForCausalLM'} <= vars(sys.modules['transformers']).keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "True\n", done.stderr

@@ -12,7 +12,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from core.machine import EngineOptions, default_token_budget  # first: it sets the allocator up before torch's threads
+from core.machine import (
+    EngineOptions,
+    default_token_budget,
+    release_workers,
+)  # first: it sets the allocator up before torch's threads
 
 import torch  # isort: skip
 
@@ -83,6 +87,7 @@ class Engine:
             self._wake.notify()
 
     def submit(self, tenant: Tenant, operation: PassRequest | Call) -> None:
+        release_workers()
         with self._wake:
             if tenant.left or self._stopping:
                 raise RuntimeError("this training client is closed")

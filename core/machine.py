@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
@@ -54,6 +56,31 @@ class EngineOptions:
         if name not in ("bfloat16", "float32"):
             raise ValueError(f"engine.dtype={name}, expected auto, bfloat16 or float32")
         return getattr(torch, name), torch.device(device)
+
+
+def release_workers() -> None:
+    """Let go of the calling thread's OpenMP workers (they come back with its next parallel operation).
+
+    libgomp counts the workers of all threads. More than there are cores, and every idle worker sleeps at once instead of
+    spinning: waking it costs each small operation of the engine's thread 50 us (77 us against 24 us measured on two cores).
+    """
+    if (libgomp := _libgomp()) is not None:
+        libgomp.omp_pause_resource_all(1)  # omp_pause_soft; refused (-1) inside a parallel region
+
+
+@functools.cache
+def _libgomp() -> ctypes.CDLL | None:
+    """The one that torch has loaded; None elsewhere than on Linux or with another OpenMP."""
+    maps = Path("/proc/self/maps")
+    names = {line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line} if maps.exists() else set()
+    if len(names) != 1:
+        return None
+    try:
+        library = ctypes.CDLL(names.pop())
+        library.omp_pause_resource_all.argtypes = [ctypes.c_int]
+        return library
+    except (OSError, AttributeError):  # before OpenMP 5.0
+        return None
 
 
 def activation_bytes(num_layers: int, hidden: int, qkv: int, attended: int, intermediate: int, element: int) -> int:

@@ -29,6 +29,9 @@ def _stop_engines() -> None:
     """A thread inside torch while the interpreter is torn down aborts the process: wait for it."""
     for engine, _ in list(_engines.values()):
         engine.drop_queue()
+    for thread in threading.enumerate():  # an engine whose last client has just left may still be ending
+        if thread.name.startswith("engine "):
+            thread.join()
 
 
 def _acquire(base_model: str, options: EngineOptions) -> tuple[tuple, Engine]:

@@ -38,10 +38,10 @@ class Item:
 
 
 def cut(items: Sequence[Item], token_budget: int) -> list[list[Item]]:
-    """Micro-batches of about `token_budget` tokens each (a longer sequence stands alone), each of one K.
+    """Micro-batches of about `token_budget` tokens each, each of one K.
 
     Sequences are taken longest first, so that like lengths share a micro-batch, and the cuts are even: as few batches as the
-    budget allows on average, over it by at most half a sequence.
+    budget allows on average, over it by less than one sequence.
     """
     batches: list[list[Item]] = []
     for k in sorted({item.targets.shape[1] for item in items}):

@@ -95,6 +95,43 @@ class OptimStepOutput:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request is sampled. top_k -1 and top_p 1 mean the whole distribution; temperature 0 the likeliest token.
+
+    `stop`: strings, token ids, or None; the text or token that ends a sequence is part of it. With a `seed`, sample i of a
+    request depends on (seed, i) alone.
+    """
+
+    max_tokens: int | None = None  # None: up to the model's context
+    seed: int | None = None
+    stop: str | Sequence[str] | Sequence[int] | None = None
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+
+
+@dataclass
+class SampledSequence:
+    """`logprobs[i]` is log_softmax(logits / temperature) at tokens[i], not renormalised over top-k or top-p."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    stop_reason: str  # "stop" | "length"
+
+
+@dataclass
+class SampleResponse:
+    """`prompt_logprobs[i]` is the logprob (T = 1) of prompt token i given those before it; None for the first.
+
+    `topk_prompt_logprobs[i]`: (token, logprob) pairs at that position, likeliest first; None for the first.
+    """
+
+    sequences: list[SampledSequence]
+    prompt_logprobs: list[float | None] | None = None
+    topk_prompt_logprobs: list[list[tuple[int, float]] | None] | None = None
+
+
 @dataclass
 class ModelInfo:
     """What a recipe may want to know of the base model and the engine that holds it."""

@@ -11,11 +11,13 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 
 BLOCK = 256  # queries per block; sequences up to this length keep their attention weights for backward
+PAD_PREFIX_TO = 16  # the same for the keys before them
 PAD_TO = 32  # lengths of groups are multiples of this: few distinct shapes, whole vector registers
 
 
@@ -36,17 +38,41 @@ class Heads:
         return self.q + 2 * self.kv
 
 
+@dataclass(frozen=True)
+class Extent:
+    """Consecutive rows of one sequence, and the rows of its earlier positions where these lie elsewhere (shared ones)."""
+
+    start: int
+    length: int
+    prefix: torch.Tensor | None = None  # [p] row indices
+
+
 @dataclass
 class Group:
-    """n sequences padded to one length, as gather indices into the rows of qkv.view(T * heads.total, size)."""
+    """n extents padded to one length and one number of prefix keys, as gather indices into qkv.view(T * heads.total, size).
+
+    Keys are [padding, prefix, own rows, padding]; `left` counts the padding before each prefix.
+    """
 
     n: int
     length: int
+    prefix: int  # keys before the own rows, padding included
+    left: list[int]
     q_index: torch.Tensor  # [n * kv * length * group]
-    k_index: torch.Tensor  # [n * kv * length]
-    v_index: torch.Tensor  # [n * kv * length]
+    k_index: torch.Tensor  # [n * kv * (prefix + length)]
+    v_index: torch.Tensor  # the same
     out_index: torch.Tensor  # [n * kv * length * group] into the rows of out.view(T * heads.q, size)
     padding: torch.Tensor | None  # [n, 1, length, 1], true on padding; None when there is none
+    masks: dict[int, torch.Tensor] = field(default_factory=dict)  # by number of keys
+
+
+@dataclass
+class Shared:
+    """R rows of d(qkv) with m + 1 parts each: their own, and one from each of the m extents that have them as prefix."""
+
+    parts: torch.Tensor  # [(m + 1) * R] into the concatenated group gradients
+    ones: torch.Tensor  # [1, m + 1]: a product with it adds the parts up in fp32
+    rows: torch.Tensor  # [R] rows of d(qkv).view(T * heads.total, size)
 
 
 @dataclass
@@ -57,85 +83,127 @@ class Layout:
     groups: list[Group]
     out_index: torch.Tensor  # [T * q]: where each output row lies in the concatenated group outputs
     grad_index: torch.Tensor  # [T * total]: where each row of d(qkv) lies in the concatenated group gradients
-    cu_seqlens: torch.Tensor  # [num_sequences + 1], int32
+    shared: list[Shared]
+    cu_seqlens: torch.Tensor  # [num_extents + 1], int32
     max_length: int
     num_rows: int
 
 
-def make_layout(lengths: Sequence[int], heads: Heads, device: torch.device) -> Layout:
-    """`lengths`: tokens of each sequence, in row order."""
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    num_rows = starts[-1]
-    cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=device)
+def consecutive(lengths: Sequence[int]) -> list[Extent]:
+    """Extents of whole sequences, one after another."""
+    return [Extent(end - length, length) for length, end in zip(lengths, accumulate(lengths), strict=True)]
+
+
+def make_layout(extents: Sequence[Extent], heads: Heads, device: torch.device, dtype: torch.dtype) -> Layout:
+    """`extents` in row order; together they hold every row once. On CUDA none may have a prefix."""
+    lengths = [extent.length for extent in extents]
+    num_rows = sum(lengths)
     out_index = torch.empty(num_rows, heads.q, dtype=torch.int64)
     grad_index = torch.empty(num_rows, heads.total, dtype=torch.int64)
     groups: list[Group] = []
+    shared: list[Shared] = []
     if varlen_kernel(device) is None:
         out_offset = grad_offset = 0
-        for members, length in _group_by_length(lengths):
-            group = _make_group([starts[m] for m in members], [lengths[m] for m in members], length, heads, device)
+        used: list[tuple[torch.Tensor, torch.Tensor]] = []  # rows used as prefix, where the gradients of their k and v lie
+        for members, length in _group_alike(extents):
+            group = _make_group(members, length, heads, device)
             groups.append(group)
-            out_offset, grad_offset = _invert(
-                [starts[m] for m in members], [lengths[m] for m in members], length, heads,
-                out_index, grad_index, out_offset, grad_offset,
-            )  # fmt: skip
+            out_offset, grad_offset = _invert(members, group, heads, out_index, grad_index, out_offset, grad_offset, used)
+        shared = _shared(used, grad_index, heads, device, dtype)
     return Layout(
-        heads, groups, out_index.view(-1).to(device), grad_index.view(-1).to(device), cu_seqlens, max(lengths), num_rows
-    )
+        heads, groups, out_index.view(-1).to(device), grad_index.view(-1).to(device), shared,
+        torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device), max(lengths), num_rows,
+    )  # fmt: skip
 
 
-def _group_by_length(lengths: Sequence[int]) -> list[tuple[list[int], int]]:
-    """Sequences whose padded lengths are close share a group; padding stays under an eighth of its rows."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    groups: list[tuple[list[int], int]] = []
+def _prefix_length(extent: Extent) -> int:
+    return 0 if extent.prefix is None else len(extent.prefix)
+
+
+def _group_alike(extents: Sequence[Extent]) -> list[tuple[list[Extent], int]]:
+    """Extents whose padded lengths are close share a group; padding stays under an eighth of its rows."""
+    padded = {id(e): -(-_prefix_length(e) // PAD_PREFIX_TO) * PAD_PREFIX_TO for e in extents}
+    groups: list[tuple[list[Extent], int]] = []
     padding = 0
-    for i in order:
+    for extent in sorted(extents, key=lambda e: (-padded[id(e)], -e.length, e.start)):
         if groups:
             members, length = groups[-1]
-            if padding + length - lengths[i] <= max(64, length * (len(members) + 1) // 8):
-                members.append(i)
-                padding += length - lengths[i]
+            fits = padding + length - extent.length <= max(64, length * (len(members) + 1) // 8)
+            if fits and padded[id(extent)] == padded[id(members[0])]:
+                members.append(extent)
+                padding += length - extent.length
                 continue
-        length = -(-lengths[i] // PAD_TO) * PAD_TO
-        groups.append(([i], length))
-        padding = length - lengths[i]
+        length = -(-extent.length // PAD_TO) * PAD_TO
+        groups.append(([extent], length))
+        padding = length - extent.length
     return groups
 
 
-def _make_group(starts: list[int], lengths: list[int], length: int, heads: Heads, device: torch.device) -> Group:
+def _make_group(members: list[Extent], length: int, heads: Heads, device: torch.device) -> Group:
     position = torch.arange(length)
-    last = torch.tensor(lengths).unsqueeze(1) - 1
-    row = torch.tensor(starts).unsqueeze(1) + torch.minimum(position, last)  # padding repeats the last token
+    last = torch.tensor([e.length for e in members]).unsqueeze(1) - 1
+    row = torch.tensor([e.start for e in members]).unsqueeze(1) + torch.minimum(position, last)  # padding repeats the last
+    prefixes = [_prefix_length(e) for e in members]
+    prefix = -(-max(prefixes) // PAD_PREFIX_TO) * PAD_PREFIX_TO
+    before = row[:, :1].expand(-1, prefix).clone()
+    for i, extent in enumerate(members):
+        if extent.prefix is not None:
+            before[i, prefix - len(extent.prefix) :] = extent.prefix
     kv = torch.arange(heads.kv)
-    base = row[:, None, :, None] * heads.total  # [n, 1, length, 1]
+    key_rows = torch.cat([before, row], dim=1)[:, None, :] * heads.total
+    k = key_rows + heads.q + kv[None, :, None]
     head = kv[None, :, None, None] * heads.group + torch.arange(heads.group)
-    k = base + heads.q + kv[None, :, None, None]
+    q = row[:, None, :, None] * heads.total + head
     out = row[:, None, :, None] * heads.q + head
-    padding = (position > last)[:, None, :, None].to(device) if min(lengths) < length else None
-    q_index, k_index, v_index, out_index = (t.reshape(-1).to(device) for t in (base + head, k, k + heads.kv, out))
-    return Group(len(starts), length, q_index, k_index, v_index, out_index, padding)
+    padding = (position > last)[:, None, :, None].to(device) if int(last.min()) + 1 < length else None
+    q_index, k_index, v_index, out_index = (t.reshape(-1).to(device) for t in (q, k, k + heads.kv, out))
+    left = [prefix - p for p in prefixes]
+    return Group(len(members), length, prefix, left, q_index, k_index, v_index, out_index, padding)
 
 
 def _invert(
-    starts: list[int], lengths: list[int], length: int, heads: Heads,
-    out_index: torch.Tensor, grad_index: torch.Tensor, out_offset: int, grad_offset: int,
+    members: list[Extent], group: Group, heads: Heads, out_index: torch.Tensor, grad_index: torch.Tensor,
+    out_offset: int, grad_offset: int, used: list[tuple[torch.Tensor, torch.Tensor]],
 ) -> tuple[int, int]:  # fmt: skip
-    """Fill the inverse of a group's gather for its sequences; returns the offsets after the group."""
-    n, kv, group = len(starts), heads.kv, heads.group
-    num_q, num_k = n * kv * length * group, n * kv * length
-    q_place = torch.arange(num_q).view(n, kv, length, group)
-    k_place = torch.arange(num_k).view(n, kv, length)
-    for i, (start, count) in enumerate(zip(starts, lengths, strict=True)):
-        q_rows = q_place[i, :, :count].transpose(0, 1).reshape(count, heads.q)
-        k_rows = k_place[i, :, :count].T
-        rows = slice(start, start + count)
+    """Fill the inverse of a group's gather for its extents; returns the offsets after the group."""
+    n, kv, keys = len(members), heads.kv, group.prefix + group.length
+    num_q, num_k = n * kv * group.length * heads.group, n * kv * keys
+    q_place = torch.arange(num_q).view(n, kv, group.length, heads.group)
+    k_place = grad_offset + num_q + torch.arange(num_k).view(n, kv, keys)
+    for i, extent in enumerate(members):
+        q_rows = q_place[i, :, : extent.length].transpose(0, 1).reshape(extent.length, heads.q)
+        k_rows = k_place[i].T
+        own = k_rows[group.prefix : group.prefix + extent.length]
+        rows = slice(extent.start, extent.start + extent.length)
         out_index[rows] = out_offset + q_rows
         grad_index[rows, : heads.q] = grad_offset + q_rows
-        grad_index[rows, heads.q : heads.q + kv] = grad_offset + num_q + k_rows
-        grad_index[rows, heads.q + kv :] = grad_offset + num_q + num_k + k_rows
+        grad_index[rows, heads.q :] = torch.cat([own, num_k + own], dim=1)
+        if extent.prefix is not None:
+            before = k_rows[group.left[i] : group.prefix]
+            used.append((extent.prefix, torch.cat([before, num_k + before], dim=1)))
     return out_offset + num_q, grad_offset + num_q + 2 * num_k
+
+
+def _shared(
+    used: list[tuple[torch.Tensor, torch.Tensor]], grad_index: torch.Tensor, heads: Heads, device: torch.device,
+    dtype: torch.dtype,
+) -> list[Shared]:  # fmt: skip
+    """What to add up for the rows that serve as prefix, rows of equally many parts together."""
+    if not used:
+        return []
+    rows, places = torch.cat([r for r, _ in used]), torch.cat([p for _, p in used])
+    by_row = torch.argsort(rows, stable=True)
+    distinct, counts = torch.unique_consecutive(rows[by_row], return_counts=True)
+    places = places[by_row].split(counts.tolist())
+    found = []
+    for m in sorted(set(counts.tolist())):
+        here = (counts == m).nonzero().squeeze(1).tolist()
+        own = grad_index[distinct[here], heads.q :]  # [r, 2 kv]
+        parts = torch.cat([own.unsqueeze(0), torch.stack([places[i] for i in here], dim=1)])  # [m + 1, r, 2 kv]
+        flat = distinct[here].unsqueeze(1) * heads.total + torch.arange(heads.q, heads.total)
+        ones = torch.ones(1, m + 1, dtype=dtype, device=device)
+        found.append(Shared(parts.reshape(-1).to(device), ones, flat.reshape(-1).to(device)))
+    return found
 
 
 def attend(qkv: torch.Tensor, layout: Layout, scaling: float) -> torch.Tensor:
@@ -157,8 +225,8 @@ class _Grouped(torch.autograd.Function):
         for group in layout.groups:
             q, k, v = _gather(qkv, group, layout.heads)
             out = torch.empty_like(q)
-            for rows, keys in _blocks(group.length, layout.heads.group):
-                weights = _weights(q[:, rows], k[:, :keys], keys, layout.heads.group, scaling)
+            for rows, keys in _blocks(group, layout.heads.group):
+                weights = _weights(q[:, rows], k[:, :keys], group, layout.heads, scaling)
                 torch.bmm(weights, v[:, :keys], out=out[:, rows])
             kept.append(weights if group.length <= BLOCK and ctx.needs_input_grad[0] else None)
             outputs.append(out.view(-1, layout.heads.size))
@@ -176,22 +244,26 @@ class _Grouped(torch.autograd.Function):
             q, k, v = _gather(qkv, group, heads)
             d = _gather_out_grad(d_heads, group, heads)
             dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-            for rows, keys in _blocks(group.length, heads.group):
+            for rows, keys in _blocks(group, heads.group):
                 beta = 0.0 if group.length <= BLOCK else 1.0  # a single block need not read what it adds to
                 block_k, block_v = k[:, :keys], v[:, :keys]
-                weights = kept if kept is not None else _weights(q[:, rows], block_k, keys, heads.group, ctx.scaling)
+                weights = kept if kept is not None else _weights(q[:, rows], block_k, group, heads, ctx.scaling)
                 dv[:, :keys].baddbmm_(weights.transpose(1, 2), d[:, rows], beta=beta)
                 d_weights = torch.bmm(d[:, rows], block_v.transpose(1, 2))
                 d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
                 torch.bmm(d_scores, block_k, out=dq[:, rows])
                 dk[:, :keys].baddbmm_(d_scores.transpose(1, 2), q[:, rows], alpha=ctx.scaling, beta=beta)
             grads += [dq.mul_(ctx.scaling).view(-1, heads.size), dk.view(-1, heads.size), dv.view(-1, heads.size)]
-        d_qkv = torch.cat(grads).index_select(0, layout.grad_index)
+        stacked = torch.cat(grads)
+        d_qkv = stacked.index_select(0, layout.grad_index)
+        for shared in layout.shared:
+            parts = stacked.index_select(0, shared.parts).view(shared.ones.shape[1], -1)
+            d_qkv.index_copy_(0, shared.rows, (shared.ones @ parts).view(-1, heads.size))
         return d_qkv.view_as(qkv), None, None
 
 
 def _gather(qkv: torch.Tensor, group: Group, heads: Heads) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q [n * kv, length * group, size] (rows of one position adjacent), k and v [n * kv, length, size]."""
+    """q [n * kv, length * group, size] (rows of one position adjacent), k and v [n * kv, prefix + length, size]."""
     flat = qkv.view(-1, heads.size)
     q, k, v = (flat.index_select(0, index) for index in (group.q_index, group.k_index, group.v_index))
     batch = group.n * heads.kv
@@ -206,30 +278,47 @@ def _gather_out_grad(d_heads: torch.Tensor, group: Group, heads: Heads) -> torch
     return d.view(group.n * heads.kv, -1, heads.size)
 
 
-def _blocks(length: int, group: int) -> list[tuple[slice, int]]:
+def _blocks(group: Group, heads_per_kv: int) -> list[tuple[slice, int]]:
     """(query rows, number of keys they may see) of each block."""
     return [
-        (slice(start * group, min(start + BLOCK, length) * group), min(start + BLOCK, length))
-        for start in range(0, length, BLOCK)
+        (slice(start * heads_per_kv, stop * heads_per_kv), group.prefix + stop)
+        for start in range(0, group.length, BLOCK)
+        for stop in [min(start + BLOCK, group.length)]
     ]
 
 
-_masks: dict[tuple, torch.Tensor] = {}
-
-
-def _weights(q: torch.Tensor, k: torch.Tensor, num_keys: int, group: int, scaling: float) -> torch.Tensor:
-    """softmax(scaling q k^T) of the last len(q) / group positions among num_keys, causal."""
-    num_queries = q.shape[1] // group
-    key = (num_queries, num_keys, group, q.dtype, q.device)
-    mask = _masks.get(key)
+def _weights(q: torch.Tensor, k: torch.Tensor, group: Group, heads: Heads, scaling: float) -> torch.Tensor:
+    """softmax(scaling q k^T) of the last len(q) / heads.group positions among the keys, causal, padding left out."""
+    num_keys = k.shape[1]
+    mask = group.masks.get(num_keys)
     if mask is None:
-        if len(_masks) > 64:
-            _masks.clear()
-        allowed = torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
-        mask = torch.zeros(num_queries, num_keys).masked_fill_(~allowed, float("-inf"))
-        mask = _masks[key] = mask.repeat_interleave(group, 0).to(q.device, q.dtype)
+        mask = group.masks[num_keys] = _mask(group, q.shape[1] // heads.group, num_keys, heads.group, q)
     scores = torch.bmm(q, k.transpose(1, 2))  # not baddbmm: it would first copy the mask to every head
-    return torch.softmax(torch.add(mask, scores, alpha=scaling, out=scores), dim=-1)
+    view = scores.view(len(mask), -1, *scores.shape[1:]) if len(mask) > 1 else scores
+    torch.add(mask, view, alpha=scaling, out=view)
+    return torch.softmax(scores, dim=-1)
+
+
+_causal: dict[tuple, torch.Tensor] = {}
+
+
+def _mask(group: Group, num_queries: int, num_keys: int, heads_per_kv: int, like: torch.Tensor) -> torch.Tensor:
+    """0 or -inf: [1, Q, keys] when all extents have the same padding before their prefix, else [n, 1, Q, keys]."""
+    alike = len(set(group.left)) == 1
+    left = group.left[:1] if alike else group.left
+    key = (num_queries, num_keys, heads_per_kv, left[0], like.dtype, like.device)
+    if alike and key in _causal:
+        return _causal[key]
+    allowed = torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
+    allowed = allowed & (torch.arange(num_keys) >= torch.tensor(left).view(-1, 1, 1))
+    mask = torch.zeros(allowed.shape).masked_fill_(~allowed, float("-inf")).repeat_interleave(heads_per_kv, 1)
+    mask = mask.to(like.device, like.dtype)
+    if not alike:
+        return mask.unsqueeze(1)
+    if len(_causal) > 64:
+        _causal.clear()
+    _causal[key] = mask
+    return mask
 
 
 VarlenKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, float], torch.Tensor]

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from core.attention import Heads, attend, make_layout
+from core.attention import Extent, Heads, attend, make_layout
 from core.fused import (
     AttentionInput,
     AttentionOutput,
@@ -57,9 +57,9 @@ class Rows:
 
     tokens: torch.Tensor  # [T]
     positions: torch.Tensor  # [T], from 0 in each sequence
-    lengths: list[int]
+    extents: list[Extent]
     segments: list[Segment]
-    selected: torch.Tensor | None  # [n] row indices, ascending; None: every row
+    selected: torch.Tensor | None  # [n] row indices, some perhaps twice; None: every row
     targets: torch.Tensor  # [n, K]
     parts: list[Part]
 
@@ -154,7 +154,7 @@ class Decoder:
         tokens = torch.arange(24, device=self.device) * 7 % self.vocab_size
         theirs = self.model(tokens.unsqueeze(0), use_cache=False).logits[0].float()
         theirs = torch.log_softmax(theirs, -1).gather(1, tokens.roll(-1).unsqueeze(1))
-        rows = Rows(tokens, torch.arange(24, device=self.device), [24], [], None, tokens.roll(-1).unsqueeze(1), [])
+        rows = Rows(tokens, torch.arange(24, device=self.device), [Extent(0, 24)], [], None, tokens.roll(-1).unsqueeze(1), [])
         ours = self.logprobs(rows)
         difference = float((ours - theirs).abs().mean())
         limit = 1e-3 if self.dtype == torch.float32 else 0.3
@@ -176,7 +176,7 @@ class Decoder:
             )
         half = self.heads.size // 2
         cos, sin = (t[0, :, None, :half].to(self.dtype) for t in (cos, sin))
-        layout = make_layout(rows.lengths, self.heads, self.device)
+        layout = make_layout(rows.extents, self.heads, self.device, self.dtype)
         batch = Batch(layout, rows.segments, cos, sin, self.dtype, self.scaling)
         for layer in self.layers:
             if recompute and torch.is_grad_enabled():
@@ -209,7 +209,7 @@ class Decoder:
             assert dh is not None
             dx = normalise_backward(dh, selected, inverse, self.final_norm)
             if rows.selected is not None:
-                dx = torch.zeros_like(x).index_copy_(0, rows.selected, dx)
+                dx = torch.zeros_like(x).index_add_(0, rows.selected, dx)
         torch.autograd.backward(x, dx)
         return logprobs
 

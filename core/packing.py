@@ -6,13 +6,15 @@ Gradients are sums, so where the cuts fall changes nothing but rounding.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from core.attention import Extent
 from core.decoder import Rows
 from core.head import Part
 from core.lora import Adapter, ComputeCopies, Segment
+from core.prefixes import Span, order, share
 
 ROW_MULTIPLE = 16  # rows of a segment: a product of a new shape costs a CPU several calls of a known one
 
@@ -38,66 +40,114 @@ class Item:
 
 
 def cut(items: Sequence[Item], token_budget: int) -> list[list[Item]]:
-    """Micro-batches of about `token_budget` tokens each, each of one K.
+    """Micro-batches of about `token_budget` rows each, each of one K.
 
-    Sequences are taken longest first, so that like lengths share a micro-batch, and the cuts are even: as few batches as the
-    budget allows on average, over it by less than one sequence.
+    Sequences of one adapter that begin alike come one after another, longer ones first, so that they share rows and like
+    lengths share a micro-batch. The cuts are even: as few batches as the budget allows on average, over it by less than one
+    sequence.
     """
     batches: list[list[Item]] = []
     for k in sorted({item.targets.shape[1] for item in items}):
-        members = sorted(
-            (item for item in items if item.targets.shape[1] == k),
-            key=lambda item: (-item.length, item.request, item.index),
-        )
-        total = sum(item.length for item in members)
+        members = _in_order([item for item in items if item.targets.shape[1] == k])
+        total = sum(rows for _, rows in members)
         even = total / max(1, -(-total // token_budget))
         batch: list[Item] = []
         seen = made = 0
-        for item in members:
-            if batch and seen + item.length / 2 > even * (made + 1):
+        for item, rows in members:
+            if batch and seen + rows / 2 > even * (made + 1):
                 batches.append(batch)
                 batch, made = [], made + 1
             batch.append(item)
-            seen += item.length
+            seen += rows
         batches.append(batch)
     return batches
 
 
+def _in_order(items: Sequence[Item]) -> list[tuple[Item, int]]:
+    """Items adapter by adapter, like ranks together, with the rows that each adds to the one before."""
+    by_adapter: dict[int, list[Item]] = {}
+    for item in items:
+        by_adapter.setdefault(id(item.adapter), []).append(item)
+    found: list[tuple[Item, int]] = []
+    for mine in sorted(by_adapter.values(), key=lambda mine: (mine[0].adapter.config.rank, mine[0].request)):
+        indices, rows = order([item.tokens for item in mine])
+        found += zip((mine[i] for i in indices), rows, strict=True)
+    return found
+
+
 def lay_out(batch: Sequence[Item], copies: ComputeCopies, device: torch.device, with_grad: bool) -> tuple[Rows, list[Item]]:
-    """Packed rows of one micro-batch and its items in row order."""
+    """Packed rows of one micro-batch and its items in the order of their targets."""
     bins = _bins(batch, merge_cost=4_000 if device.type == "cpu" else 1_000_000)
     ordered: list[Item] = []
-    lengths: list[int] = []
+    spans: list[Placed] = []
+    selected: list[torch.Tensor] = []
     segments: list[Segment] = []
     parts: list[Part] = []
     start = selected_start = 0
     for adapters in bins:
-        members = [item for adapter in adapters for item in batch if item.adapter is adapter]
-        members.sort(key=lambda item: adapters.index(item.adapter))
-        lengths += [item.length for item in members]
-        lengths[-1] += -sum(item.length for item in members) % ROW_MULTIPLE
-        end = sum(lengths)
-        segment = _segment(start, end, adapters, members, copies, with_grad)
-        selected_end = selected_start + sum(item.num_wanted for item in members)
-        parts.append(Part(slice(selected_start, selected_end), segment, _selected_scale(segment, members)))
+        first, selected_first = len(spans), len(selected)
+        for adapter in adapters:
+            members = [item for item in batch if item.adapter is adapter]
+            placed, paths = _place(members, len(spans) and spans[-1].stop, share_rows=device.type == "cpu")
+            spans += placed
+            ordered += members
+            selected += [path if item.wanted is None else path[item.wanted] for item, path in zip(members, paths, strict=True)]
+        spans[-1] = spans[-1].lengthened(-(spans[-1].stop - start) % ROW_MULTIPLE)
+        segment = _segment(start, spans[-1].stop, adapters, spans[first:], copies, with_grad)
+        chosen = torch.cat(selected[selected_first:])
+        scale = segment.scale
+        if isinstance(scale, torch.Tensor):
+            scale = scale[(chosen - start).to(device)]
+        parts.append(Part(slice(selected_start, selected_start + len(chosen)), segment, scale))
         segments.append(segment)
-        ordered += members
-        start, selected_start = end, selected_end
+        start, selected_start = segment.end, selected_start + len(chosen)
     rows = Rows(
-        tokens=torch.cat([_lengthened(item, length) for item, length in zip(ordered, lengths, strict=True)]).to(device),
-        positions=torch.cat([torch.arange(length) for length in lengths]).to(device),
-        lengths=lengths,
+        tokens=torch.cat([span.tokens for span in spans]).to(device),
+        positions=torch.cat([span.position + torch.arange(len(span.tokens)) for span in spans]).to(device),
+        extents=[Extent(span.start, len(span.tokens), span.prefix) for span in spans],
         segments=segments,
-        selected=_selected(ordered, lengths).to(device),
+        selected=torch.cat(selected).to(device),
         targets=torch.cat([_wanted(item, item.targets) for item in ordered]).to(device),
         parts=parts,
     )
     return rows, ordered
 
 
-def _lengthened(item: Item, length: int) -> torch.Tensor:
-    """Tokens after the end are seen by nothing before them and have no loss: their gradient is zero."""
-    return torch.cat([item.tokens, item.tokens[-1:].expand(length - item.length)])
+@dataclass(frozen=True)
+class Placed:
+    """Tokens that got rows [start, stop); `prefix` are the rows of the positions before, `position` their number."""
+
+    adapter: Adapter
+    tokens: torch.Tensor
+    position: int
+    start: int
+    prefix: torch.Tensor | None
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.tokens)
+
+    def lengthened(self, count: int) -> Placed:
+        """Tokens after the end are seen by nothing before them and have no loss: their gradient is zero."""
+        return replace(self, tokens=torch.cat([self.tokens, self.tokens[-1:].expand(count)]))
+
+
+def _place(items: Sequence[Item], start: int, share_rows: bool) -> tuple[list[Placed], list[torch.Tensor]]:
+    """Rows from `start` on for one adapter's items, and the row of every position of each."""
+    sequences = [item.tokens for item in items]
+    if share_rows:
+        spans, last = share(sequences)
+    else:
+        spans = last = [Span(tokens, 0, None) for tokens in sequences]
+    placed: list[Placed] = []
+    path: dict[int, torch.Tensor] = {}  # id of a span -> the row of every position up to its end
+    for span in spans:
+        prefix = None if span.parent is None else path[id(span.parent)]
+        placed.append(Placed(items[0].adapter, span.tokens, span.start, start, prefix))
+        own = torch.arange(start, start + len(span.tokens))
+        path[id(span)] = own if prefix is None else torch.cat([prefix, own])
+        start += len(span.tokens)
+    return placed, [path[id(span)] for span in last]
 
 
 def _bins(batch: Sequence[Item], merge_cost: int) -> list[list[Adapter]]:
@@ -122,7 +172,7 @@ def _bins(batch: Sequence[Item], merge_cost: int) -> list[list[Adapter]]:
 
 
 def _segment(
-    start: int, end: int, adapters: list[Adapter], members: Sequence[Item], copies: ComputeCopies, with_grad: bool
+    start: int, end: int, adapters: list[Adapter], spans: Sequence[Placed], copies: ComputeCopies, with_grad: bool
 ) -> Segment:
     factors = copies.get(adapters)
     columns: list[tuple[Adapter, slice]] = []
@@ -133,31 +183,14 @@ def _segment(
     scale: torch.Tensor | float = adapters[0].scale
     if len(adapters) > 1:
         scale = torch.zeros(end - start, column, dtype=factors.dtype)
-        row = 0
         by_adapter = {id(adapter): span for adapter, span in columns}
-        for item in members:
-            scale[row : row + item.length, by_adapter[id(item.adapter)]] = item.adapter.scale
-            row += item.length
+        for span in spans:
+            scale[span.start - start : span.stop - start, by_adapter[id(span.adapter)]] = span.adapter.scale
         scale = scale.to(factors.device)
     grad_dtype = torch.float32 if factors.is_cuda else factors.dtype
     grad = torch.zeros(factors.shape, dtype=grad_dtype, device=factors.device) if with_grad else None
     return Segment(start, end, adapters[0].geometry, factors, scale, grad, columns)
 
 
-def _selected(ordered: Sequence[Item], lengths: Sequence[int]) -> torch.Tensor:
-    """Row indices of the wanted positions, [n] ascending; `lengths` are rows per item."""
-    indices, start = [], 0
-    for item, length in zip(ordered, lengths, strict=True):
-        indices.append(start + (torch.arange(item.length) if item.wanted is None else item.wanted))
-        start += length
-    return torch.cat(indices)
-
-
 def _wanted(item: Item, values: torch.Tensor) -> torch.Tensor:
     return values if item.wanted is None else values[item.wanted]
-
-
-def _selected_scale(segment: Segment, members: Sequence[Item]) -> torch.Tensor | float:
-    if not isinstance(segment.scale, torch.Tensor):
-        return segment.scale
-    return segment.scale[_selected(members, [item.length for item in members]).to(segment.scale.device)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from core.attention import BLOCK, Heads, attend, make_layout
+from core.attention import BLOCK, Heads, attend, consecutive, make_layout
 from tests.tiny import assert_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,7 +36,7 @@ def test_values_and_gradients_of_any_mix_of_lengths(lengths: list[int], heads: H
     qkv = torch.randn(rows, heads.total, heads.size, generator=generator).mul_(1.5)
     d_out = torch.randn(rows, heads.q * heads.size, generator=generator)
     ours, theirs = (qkv.clone().requires_grad_() for _ in range(2))
-    left = attend(ours, make_layout(lengths, heads, CPU), 0.4)
+    left = attend(ours, make_layout(consecutive(lengths), heads, CPU, torch.float32), 0.4)
     right = reference(theirs, lengths, heads, 0.4)
     assert_close(left.detach(), right.detach(), 2e-6)
     left.backward(d_out)
@@ -47,7 +47,7 @@ def test_values_and_gradients_of_any_mix_of_lengths(lengths: list[int], heads: H
 def test_a_later_token_and_another_sequence_change_nothing() -> None:
     heads, lengths = Heads(4, 2, 8), [20, 300, 7]
     qkv = torch.randn(sum(lengths), heads.total, heads.size, generator=torch.Generator().manual_seed(0))
-    layout = make_layout(lengths, heads, CPU)
+    layout = make_layout(consecutive(lengths), heads, CPU, torch.float32)
     before = attend(qkv, layout, 0.3)
     changed = qkv.clone()
     changed[20 + 200 :] += 100.0  # the second half of the second sequence, and the third

@@ -93,7 +93,8 @@ class Adapter:
             bound = rows.site.d_in**-0.5
             self.params[rows.a].uniform_(-bound, bound, generator=generator)
         self.params = self.params.to(device)
-        self.grad = torch.zeros_like(self.params)
+        self._grad = torch.empty_like(self.params)
+        self._grad_is_zero = True  # whatever the buffer holds: clearing it costs nothing, and the first addition is a copy
         self.exp_avg = torch.zeros_like(self.params)
         self.exp_avg_sq = torch.zeros_like(self.params)
         self.step = 0
@@ -104,10 +105,23 @@ class Adapter:
     def scale(self) -> float:
         return ALPHA / self.config.rank
 
+    @property
+    def grad(self) -> torch.Tensor:
+        """The accumulated gradient, [num_rows, rank]."""
+        if self._grad_is_zero:
+            self._grad.zero_()
+            self._grad_is_zero = False
+        return self._grad
+
+    def add_grad(self, part: torch.Tensor) -> None:
+        if self._grad_is_zero:
+            self._grad.copy_(part)
+        else:
+            self._grad.add_(part)
+        self._grad_is_zero, self.has_grad = False, True
+
     def clear_grad(self) -> None:
-        if self.has_grad:
-            self.grad.zero_()
-        self.has_grad = False
+        self._grad_is_zero, self.has_grad = True, False
 
     def optim_step(self, adam: AdamParams) -> dict[str, float]:
         """AdamW on the accumulated gradient, then clear it. Raises FloatingPointError, moving nothing, if it is not finite."""
@@ -147,7 +161,7 @@ class Segment:
     geometry: Geometry
     factors: torch.Tensor  # [num_rows, R] in the compute dtype
     scale: torch.Tensor | float  # float for one adapter; [end - start, R] (zero outside a row's own columns) for several
-    grad: torch.Tensor | None  # [num_rows, R]: this micro-batch's gradient, written once per site
+    grad: torch.Tensor | None  # [num_rows, R]: this micro-batch's gradient, written once per site (unembed: added to)
     columns: list[tuple[Adapter, slice]] = field(default_factory=list)
 
     @property
@@ -169,8 +183,7 @@ class Segment:
         """Add the micro-batch's gradient to the accumulators of its adapters."""
         assert self.grad is not None
         for adapter, columns in self.columns:
-            adapter.grad.add_(self.grad[:, columns])
-            adapter.has_grad = True
+            adapter.add_grad(self.grad[:, columns])
 
 
 class ComputeCopies:
@@ -184,13 +197,16 @@ class ComputeCopies:
         """[num_rows, sum of ranks] of adapters of one geometry."""
         if len(adapters) == 1 and adapters[0].params.dtype == self.dtype:
             return adapters[0].params
+        device = adapters[0].params.device
         key = tuple(id(adapter) for adapter in adapters)
         versions = tuple(adapter.version for adapter in adapters)
         kept = self._copies.get(key)
         if kept is None or kept[0] != versions:
             if len(self._copies) > 16:
                 self._copies.clear()
-            made = torch.cat([adapter.params.to(self.dtype) for adapter in adapters], dim=1)
+            made = torch.empty(len(adapters[0].params), sum(a.config.rank for a in adapters), dtype=self.dtype, device=device)
+            for part, adapter in zip(made.split([a.config.rank for a in adapters], dim=1), adapters, strict=True):
+                part.copy_(adapter.params)
             self._copies[key] = kept = (versions, made)
         return kept[1]
 

@@ -12,7 +12,7 @@ import torch
 
 from core.attention import Extent
 from core.decoder import Rows
-from core.head import Part
+from core.head import UNEMBED, Part
 from core.lora import Adapter, ComputeCopies, Segment
 from core.prefixes import Span, order, share
 
@@ -77,7 +77,7 @@ def _in_order(items: Sequence[Item]) -> list[tuple[Item, int]]:
 
 def lay_out(batch: Sequence[Item], copies: ComputeCopies, device: torch.device, with_grad: bool) -> tuple[Rows, list[Item]]:
     """Packed rows of one micro-batch and its items in the order of their targets."""
-    bins = _bins(batch, merge_cost=4_000 if device.type == "cpu" else 1_000_000)
+    bins = _bins(batch, merge_cost=16_000 if device.type == "cpu" else 1_000_000)
     ordered: list[Item] = []
     spans: list[Placed] = []
     selected: list[torch.Tensor] = []
@@ -188,8 +188,12 @@ def _segment(
             scale[span.start - start : span.stop - start, by_adapter[id(span.adapter)]] = span.adapter.scale
         scale = scale.to(factors.device)
     grad_dtype = torch.float32 if factors.is_cuda else factors.dtype
-    grad = torch.zeros(factors.shape, dtype=grad_dtype, device=factors.device) if with_grad else None
-    return Segment(start, end, adapters[0].geometry, factors, scale, grad, columns)
+    grad = torch.empty(factors.shape, dtype=grad_dtype, device=factors.device) if with_grad else None
+    geometry = adapters[0].geometry
+    if grad is not None and (unembed := geometry.sites.get(UNEMBED)) is not None:
+        for rows in (unembed.a, *unembed.b):
+            grad[rows] = 0
+    return Segment(start, end, geometry, factors, scale, grad, columns)
 
 
 def _wanted(item: Item, values: torch.Tensor) -> torch.Tensor:

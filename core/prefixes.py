@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -47,7 +48,7 @@ def order(sequences: Sequence[torch.Tensor]) -> tuple[list[int], list[int]]:
         _, children = _split(common, low, high)
         longest = {run: max(len(sequences[i]) for i in ranked[run[0] : run[1]]) for run in children}
         runs += sorted(children, key=lambda run: (longest[run], -run[0]))
-    shared = [0, *(_common(sequences[a], sequences[b]) for a, b in zip(found, found[1:], strict=False))]
+    shared = [0, *(_common(sequences[a], sequences[b]) for a, b in pairwise(found))]
     return found, [len(sequences[i]) - s for i, s in zip(found, shared, strict=True)]
 
 
@@ -62,10 +63,10 @@ def share(sequences: Sequence[torch.Tensor]) -> tuple[list[Span], list[Span]]:
         done = parent.stop if parent is not None else 0
         first = sequences[ranked[low]]
         shared, children = (len(first), []) if high - low == 1 else _split(common, low, high)
-        if not children or (shared - done) * (high - low - 1) >= MIN_SAVED:
-            if shared > done:
-                parent = Span(first[done:shared], done, parent)
-                spans.append(parent)
+        saves = not children or (shared - done) * (high - low - 1) >= MIN_SAVED
+        if saves and shared > done:
+            parent = Span(first[done:shared], done, parent)
+            spans.append(parent)
         for i in range(low, high) if not children else ():
             last[ranked[i]] = parent
         runs += [(a, b, parent) for a, b in reversed(children)]
@@ -76,7 +77,7 @@ def share(sequences: Sequence[torch.Tensor]) -> tuple[list[Span], list[Span]]:
 def _sorted(sequences: Sequence[torch.Tensor]) -> tuple[list[int], list[int]]:
     """(indices by tokens, the common length of each with its predecessor)."""
     ranked = sorted(range(len(sequences)), key=lambda i: sequences[i].tolist())
-    common = [0, *(_common(sequences[a], sequences[b]) for a, b in zip(ranked, ranked[1:], strict=False))]
+    common = [0, *(_common(sequences[a], sequences[b]) for a, b in pairwise(ranked))]
     return ranked, common
 
 
@@ -90,4 +91,4 @@ def _split(common: list[int], low: int, high: int) -> tuple[int, list[tuple[int,
     """(tokens that all of a run of two or more share, the runs that it falls into after those)."""
     shared = min(common[low + 1 : high])
     borders = [low, *(i for i in range(low + 1, high) if common[i] == shared), high]
-    return shared, list(zip(borders, borders[1:], strict=False))
+    return shared, list(pairwise(borders))

@@ -178,7 +178,7 @@ def test_info_says_what_a_recipe_may_want_to_know(tmp_path: Path) -> None:
         CONTEXT,
         "float32",
         "cpu",
-        512,
+        1024,
     )
     assert info.num_parameters == sum(p.numel() for p in client.engine.decoder.model.parameters()) > 30_000
     client.close()

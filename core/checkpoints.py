@@ -178,7 +178,6 @@ def load(adapter: Adapter, directory: Path, base_model: str, base_fingerprint: s
     if set(tensors) != expected:
         odd = sorted(set(tensors) ^ expected)
         raise ValueError(f"checkpoint {directory} and this adapter differ in {len(odd)} tensors, first {odd[0]}")
-    pairs = []
     for name, a, b in adapter.factors():
         for view, key in ((a, "A"), (b, "B")):
             tensor = tensors[f"{_PREFIX}{name}.lora_{key}.weight"]
@@ -186,10 +185,11 @@ def load(adapter: Adapter, directory: Path, base_model: str, base_fingerprint: s
                 raise ValueError(
                     f"checkpoint {directory}: {name} lora_{key} is {list(tensor.shape)}, this adapter has {list(view.shape)}"
                 )
-            pairs.append((view, tensor))
     moments = _read_moments(directory, adapter) if with_optimizer else {}
-    for view, tensor in pairs:
-        view.copy_(tensor)
+    adapter.make_own()
+    for name, a, b in adapter.factors():
+        for view, key in ((a, "A"), (b, "B")):
+            view.copy_(tensors[f"{_PREFIX}{name}.lora_{key}.weight"])
     adapter.version += 1
     adapter.clear_grad()
     if with_optimizer:

@@ -7,6 +7,8 @@ by one torch.cat along the last axis, and the clip norm, AdamW and a checkpoint 
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -80,6 +82,23 @@ class Geometry:
         return cls(rows, start)
 
 
+@dataclass(eq=False)
+class Weights:
+    """An adapter's parameters at one moment; they never change. Equal `key`s mean equal numbers."""
+
+    key: tuple[int, int]  # adapter, version
+    config: LoraConfig
+    geometry: Geometry
+    params: torch.Tensor  # [num_rows, rank] fp32
+
+    @property
+    def scale(self) -> float:
+        return ALPHA / self.config.rank
+
+
+_serials = itertools.count()
+
+
 class Adapter:
     """One tenant's adapter: parameters, accumulated gradient and AdamW moments, each fp32 [num_rows, rank]."""
 
@@ -98,12 +117,38 @@ class Adapter:
         self.exp_avg = torch.zeros_like(self.params)
         self.exp_avg_sq = torch.zeros_like(self.params)
         self.step = 0
+        self.serial = next(_serials)
         self.version = 0  # grows whenever params change
         self.has_grad = False
+        self._lent: list[tuple[weakref.ref[Weights], torch.Tensor]] = []
 
     @property
     def scale(self) -> float:
         return ALPHA / self.config.rank
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.serial, self.version
+
+    def snapshot(self) -> Weights:
+        """The parameters as they are now, without a copy: what changes them next does so elsewhere."""
+        for weights, buffer in self._lent:
+            if buffer is self.params and (found := weights()) is not None and found.key == self.key:
+                return found
+        made = Weights(self.key, self.config, self.geometry, self.params)
+        self._lent.append((weakref.ref(made), self.params))
+        return made
+
+    def make_own(self) -> None:
+        """Before parameters change in place: leave the buffer to the snapshots that hold it, and go on in another one."""
+        held = [(weights, buffer) for weights, buffer in self._lent if weights() is not None]
+        if any(buffer is self.params for _, buffer in held):
+            taken = {id(buffer) for _, buffer in held}
+            spare = next((buffer for _, buffer in self._lent if id(buffer) not in taken), None)
+            fresh = torch.empty_like(self.params) if spare is None else spare
+            self.params = fresh.copy_(self.params)
+            kept = [(weights, buffer) for weights, buffer in self._lent if buffer is not spare]
+            self._lent = kept[-4:] if len(kept) > 8 else kept  # a few dead ones stay as spares
 
     @property
     def grad(self) -> torch.Tensor:
@@ -134,6 +179,7 @@ class Adapter:
         if adam.grad_clip_norm > 0 and norm > adam.grad_clip_norm:
             self.grad.mul_(adam.grad_clip_norm / norm)
         self.step += 1
+        self.make_own()
         torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
             [self.params], [self.grad], [self.exp_avg], [self.exp_avg_sq], [],
             [torch.tensor(float(self.step), device=self.params.device)],
@@ -162,7 +208,7 @@ class Segment:
     factors: torch.Tensor  # [num_rows, R] in the compute dtype
     scale: torch.Tensor | float  # float for one adapter; [end - start, R] (zero outside a row's own columns) for several
     grad: torch.Tensor | None  # [num_rows, R]: this micro-batch's gradient, written once per site (unembed: added to)
-    columns: list[tuple[Adapter, slice]] = field(default_factory=list)
+    columns: list[tuple[Adapter | Weights, slice]] = field(default_factory=list)
 
     @property
     def rank(self) -> int:
@@ -183,35 +229,43 @@ class Segment:
         """Add the micro-batch's gradient to the accumulators of its adapters."""
         assert self.grad is not None
         for adapter, columns in self.columns:
+            assert isinstance(adapter, Adapter)
             adapter.add_grad(self.grad[:, columns])
 
 
 class ComputeCopies:
-    """Adapters in the compute dtype, concatenated for the segments that need them; rebuilt when a version changes."""
+    """Adapters in the compute dtype, concatenated for the segments that need them; made anew when one has changed."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._copies: dict[tuple[int, ...], tuple[tuple[int, ...], torch.Tensor]] = {}
+        self._copies: dict[tuple[tuple[int, int], ...], torch.Tensor] = {}
 
-    def get(self, adapters: Sequence[Adapter]) -> torch.Tensor:
+    def get(self, adapters: Sequence[Adapter | Weights]) -> torch.Tensor:
         """[num_rows, sum of ranks] of adapters of one geometry."""
         if len(adapters) == 1 and adapters[0].params.dtype == self.dtype:
             return adapters[0].params
-        device = adapters[0].params.device
-        key = tuple(id(adapter) for adapter in adapters)
-        versions = tuple(adapter.version for adapter in adapters)
-        kept = self._copies.get(key)
-        if kept is None or kept[0] != versions:
-            if len(self._copies) > 16:
-                self._copies.clear()
-            made = torch.empty(len(adapters[0].params), sum(a.config.rank for a in adapters), dtype=self.dtype, device=device)
-            for part, adapter in zip(made.split([a.config.rank for a in adapters], dim=1), adapters, strict=True):
+        key = tuple(adapter.key for adapter in adapters)
+        made = self._copies.get(key)
+        if made is None:
+            self._forget_older({serial for serial, _ in key})
+            ranks, first = [adapter.config.rank for adapter in adapters], adapters[0].params
+            made = torch.empty(len(first), sum(ranks), dtype=self.dtype, device=first.device)
+            for part, adapter in zip(made.split(ranks, dim=1), adapters, strict=True):
                 part.copy_(adapter.params)
-            self._copies[key] = kept = (versions, made)
-        return kept[1]
+            self._copies[key] = made
+        return made
+
+    def _forget_older(self, serials: set[int]) -> None:
+        """Keep the newest copy of these adapters beside the one to come (a snapshot may be sampled while another trains)."""
+        for serial in serials:
+            theirs = [key for key in self._copies if any(s == serial for s, _ in key)]
+            for key in theirs[:-1]:
+                del self._copies[key]
+        while len(self._copies) > 16:
+            del self._copies[next(iter(self._copies))]
 
     def forget(self, adapter: Adapter) -> None:
-        self._copies = {key: value for key, value in self._copies.items() if id(adapter) not in key}
+        self._copies = {key: made for key, made in self._copies.items() if all(s != adapter.serial for s, _ in key)}
 
 
 def mm_into(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:

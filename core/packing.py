@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
 from core.attention import Extent
 from core.decoder import Rows
 from core.head import UNEMBED, Part
-from core.lora import Adapter, ComputeCopies, Segment
+from core.lora import Adapter, ComputeCopies, Segment, Weights
 from core.prefixes import Span, order, share
 
 ROW_MULTIPLE = 16  # rows of a segment: a product of a new shape costs a CPU several calls of a known one
@@ -77,14 +78,16 @@ def _in_order(items: Sequence[Item]) -> list[tuple[Item, int]]:
 
 def lay_out(batch: Sequence[Item], copies: ComputeCopies, device: torch.device, with_grad: bool) -> tuple[Rows, list[Item]]:
     """Packed rows of one micro-batch and its items in the order of their targets."""
-    bins = _bins(batch, merge_cost=16_000 if device.type == "cpu" else 1_000_000)
+    counts: dict[int, tuple[Adapter, int]] = {}
+    for item in batch:
+        counts[id(item.adapter)] = (item.adapter, counts.get(id(item.adapter), (item.adapter, 0))[1] + item.length)
     ordered: list[Item] = []
     spans: list[Placed] = []
     selected: list[torch.Tensor] = []
     segments: list[Segment] = []
     parts: list[Part] = []
     start = selected_start = 0
-    for adapters in bins:
+    for adapters in bins(list(counts.values()), device.type == "cpu"):
         first, selected_first = len(spans), len(selected)
         for adapter in adapters:
             members = [item for item in batch if item.adapter is adapter]
@@ -93,7 +96,8 @@ def lay_out(batch: Sequence[Item], copies: ComputeCopies, device: torch.device, 
             ordered += members
             selected += [path if item.wanted is None else path[item.wanted] for item, path in zip(members, paths, strict=True)]
         spans[-1] = spans[-1].lengthened(-(spans[-1].stop - start) % ROW_MULTIPLE)
-        segment = _segment(start, spans[-1].stop, adapters, spans[first:], copies, with_grad)
+        of_rows = [(span.adapter, span.start - start, span.stop - start) for span in spans[first:]]
+        segment = make_segment(start, spans[-1].stop, adapters, of_rows, copies, with_grad)
         chosen = torch.cat(selected[selected_first:])
         scale = segment.scale
         if isinstance(scale, torch.Tensor):
@@ -150,17 +154,18 @@ def _place(items: Sequence[Item], start: int, share_rows: bool) -> tuple[list[Pl
     return placed, [path[id(span)] for span in last]
 
 
-def _bins(batch: Sequence[Item], merge_cost: int) -> list[list[Adapter]]:
-    """Which adapters share a segment. Concatenated ranks cost rows * sum of ranks; a further segment costs launches,
-    worth about `merge_cost` rows * ranks."""
-    tokens: dict[int, int] = {}
-    adapters: dict[int, Adapter] = {}
-    for item in batch:
-        tokens[id(item.adapter)] = tokens.get(id(item.adapter), 0) + item.length
-        adapters[id(item.adapter)] = item.adapter
-    bins: list[tuple[list[Adapter], int, int]] = []  # adapters, rows, rank
-    for key in sorted(adapters, key=lambda key: adapters[key].config.rank):
-        adapter, rows, rank = adapters[key], tokens[key], adapters[key].config.rank
+AnyAdapter = TypeVar("AnyAdapter", Adapter, Weights)
+
+
+def bins(counts: Sequence[tuple[AnyAdapter, int]], on_cpu: bool) -> list[list[AnyAdapter]]:
+    """Which adapters, given with their rows, share a segment.
+
+    Concatenated ranks cost rows * sum of ranks; a further segment costs launches, worth about `merge_cost` rows * ranks.
+    """
+    merge_cost = 16_000 if on_cpu else 1_000_000
+    bins: list[tuple[list[AnyAdapter], int, int]] = []  # adapters, rows, rank
+    for adapter, rows in sorted(counts, key=lambda count: count[0].config.rank):
+        rank = adapter.config.rank
         if bins:
             members, bin_rows, bin_rank = bins[-1]
             apart = bin_rows * bin_rank + rows * rank + merge_cost
@@ -171,11 +176,13 @@ def _bins(batch: Sequence[Item], merge_cost: int) -> list[list[Adapter]]:
     return [members for members, _, _ in bins]
 
 
-def _segment(
-    start: int, end: int, adapters: list[Adapter], spans: Sequence[Placed], copies: ComputeCopies, with_grad: bool
-) -> Segment:
+def make_segment(
+    start: int, end: int, adapters: Sequence[AnyAdapter], of_rows: Sequence[tuple[AnyAdapter, int, int]],
+    copies: ComputeCopies, with_grad: bool,
+) -> Segment:  # fmt: skip
+    """Rows [start, end) and their adapters; `of_rows` says which of the segment's rows [from, to) are whose."""
     factors = copies.get(adapters)
-    columns: list[tuple[Adapter, slice]] = []
+    columns: list[tuple[Adapter | Weights, slice]] = []
     column = 0
     for adapter in adapters:
         columns.append((adapter, slice(column, column + adapter.config.rank)))
@@ -184,8 +191,8 @@ def _segment(
     if len(adapters) > 1:
         scale = torch.zeros(end - start, column, dtype=factors.dtype)
         by_adapter = {id(adapter): span for adapter, span in columns}
-        for span in spans:
-            scale[span.start - start : span.stop - start, by_adapter[id(span.adapter)]] = span.adapter.scale
+        for adapter, low, high in of_rows:
+            scale[low:high, by_adapter[id(adapter)]] = adapter.scale
         scale = scale.to(factors.device)
     grad_dtype = torch.float32 if factors.is_cuda else factors.dtype
     grad = torch.empty(factors.shape, dtype=grad_dtype, device=factors.device) if with_grad else None

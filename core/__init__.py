@@ -16,6 +16,7 @@ _HOME = {
     "OptimStepOutput": "datum",
     "SampleResponse": "datum",
     "SampledSequence": "datum",
+    "SamplingClient": "sampling_client",
     "SamplingParams": "datum",
     "SaveOutput": "datum",
     "EngineOptions": "machine",

@@ -79,15 +79,16 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def save(adapter: Adapter, target: Path, base_model: str, base_fingerprint: str) -> None:
-    """weights/<name>: adapter_config.json, adapter_model.safetensors, optimizer.safetensors, state.json."""
+def save(adapter: Adapter, target: Path, base_model: str, base_fingerprint: str, with_optimizer: bool = True) -> None:
+    """weights/<name>: adapter_config.json, adapter_model.safetensors, optimizer.safetensors if asked for, state.json."""
 
     def fill(directory: Path) -> None:
         write_peft(adapter, directory, base_model)
-        moments = {"exp_avg": adapter.exp_avg, "exp_avg_sq": adapter.exp_avg_sq}
-        if adapter.has_grad:
-            moments["grad"] = adapter.grad
-        save_file(moments, directory / "optimizer.safetensors")
+        if with_optimizer:
+            moments = {"exp_avg": adapter.exp_avg, "exp_avg_sq": adapter.exp_avg_sq}
+            if adapter.has_grad:
+                moments["grad"] = adapter.grad
+            save_file(moments, directory / "optimizer.safetensors")
         state = {
             "format": FORMAT,
             "step": adapter.step,

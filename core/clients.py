@@ -7,9 +7,11 @@ import json
 import secrets
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from core import checkpoints
 from core.datum import AdamParams, Datum, ForwardBackwardOutput, LoraConfig, ModelInfo, OptimStepOutput, SaveOutput
@@ -19,6 +21,9 @@ from core.futures import Future
 from core.lora import Adapter
 from core.machine import EngineOptions
 from core.request import Call, CustomLoss, PassRequest
+from core.sampling_client import SamplingClient
+
+T = TypeVar("T")
 
 _engines: dict[tuple, tuple[Engine, int]] = {}  # (base model, dtype, device) -> engine and its number of clients
 _engines_lock = threading.RLock()  # re-entered when a collected client's finalizer runs in a thread that holds it
@@ -79,6 +84,26 @@ class ServiceClient:
         """A checkpoint as it was saved: weights, moments, step count and any accumulated gradient."""
         return self._in_background(lambda: self._restore(path, None, with_optimizer=True))
 
+    def create_sampling_client(
+        self, model_path: str | Path | None = None, base_model: str | None = None
+    ) -> Future[SamplingClient]:
+        """The base model, or a saved adapter (URI or directory)."""
+        if model_path is None and base_model is None:
+            raise ValueError("create_sampling_client needs model_path or base_model")
+        return self._in_background(lambda: self._sampling_client(model_path, base_model))
+
+    def _sampling_client(self, path: str | Path | None, base_model: str | None) -> SamplingClient:
+        if path is not None:
+            trainer = self._restore(path, base_model, with_optimizer=False)
+            try:
+                return trainer.save_weights_and_get_sampling_client().result()
+            finally:
+                trainer.close()
+        assert base_model is not None
+        key, engine = _acquire(base_model, self.options)
+        tenant = engine.join()
+        return SamplingClient(engine, engine.base, tenant, partial(_release, key, engine, tenant, None))
+
     def _restore(self, path: str | Path, base_model: str | None, with_optimizer: bool) -> TrainingClient:
         directory = checkpoints.resolve(path, self.store)
         config = checkpoints.read_lora_config(directory)
@@ -90,8 +115,8 @@ class ServiceClient:
             raise
         return client
 
-    def _in_background(self, make) -> Future[TrainingClient]:
-        future: Future[TrainingClient] = Future()
+    def _in_background(self, make: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
         threading.Thread(target=future.resolve, args=(make,), daemon=True).start()
         return future
 
@@ -112,7 +137,7 @@ class TrainingClient:
         except BaseException:
             _release(key, self.engine, self.tenant, None)
             raise
-        self.store = service.store
+        self.store, self.options = service.store, service.options
         self.training_run_id = service.new_training_run_id()
         self._finalizer = weakref.finalize(self, _release, key, self.engine, self.tenant, self.adapter)
         self._finalizer.atexit = False  # at exit _stop_engines must still find the engine, to wait for its thread
@@ -189,8 +214,11 @@ class TrainingClient:
 
     def save_state(self, name: str, overwrite: bool = False) -> Future[SaveOutput]:
         """Weights, moments and any accumulated gradient as tinker://<training_run_id>/weights/<name>."""
+        return self._save("weights", name, overwrite, with_optimizer=True)
+
+    def _save(self, kind: str, name: str, overwrite: bool, with_optimizer: bool) -> Future[SaveOutput]:
         checkpoints.check_name(name)
-        target = self.store / self.training_run_id / "weights" / name
+        target = self.store / self.training_run_id / kind / name
 
         def save() -> SaveOutput:
             if target.exists() and not overwrite:
@@ -198,10 +226,21 @@ class TrainingClient:
                     f"checkpoint '{name}' of {self.training_run_id} exists already; choose another name or overwrite=True"
                 )
             self._describe()
-            checkpoints.save(self.adapter, target, self.engine.base_model, self.engine.fingerprint)
-            return SaveOutput(f"tinker://{self.training_run_id}/weights/{name}", str(target))
+            checkpoints.save(self.adapter, target, self.engine.base_model, self.engine.fingerprint, with_optimizer)
+            return SaveOutput(f"tinker://{self.training_run_id}/{kind}/{name}", str(target))
 
         return self._call(save)
+
+    def save_weights_for_sampler(self, name: str, overwrite: bool = False) -> Future[SaveOutput]:
+        """The weights alone as tinker://<training_run_id>/sampler_weights/<name>, for create_sampling_client."""
+        return self._save("sampler_weights", name, overwrite, with_optimizer=False)
+
+    def save_weights_and_get_sampling_client(self) -> Future[SamplingClient]:
+        """A client that samples from the weights as they are after the verbs submitted so far. Nothing is copied."""
+        key, engine = _acquire(self.engine.base_model, self.options)  # here: the engine's thread must not wait for a load
+        tenant = engine.join()
+        release = partial(_release, key, engine, tenant, None)
+        return self._call(lambda: SamplingClient(engine, self.adapter.snapshot(), tenant, release))
 
     def load_state(self, path: str | Path, with_optimizer: bool = False) -> Future[None]:
         """Replace this adapter's weights (and, if asked, moments) by a checkpoint of the same geometry."""

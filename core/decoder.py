@@ -164,18 +164,23 @@ class Decoder:
                 f" (limit {limit}): it has a part that the engine does not compute"
             )
 
-    def backbone(self, rows: Rows, recompute: bool = False) -> torch.Tensor:
-        """The residual stream after the last layer, [T, d] fp32."""
-        x = torch.nn.functional.embedding(rows.tokens, self.embedding).float()
-        if torch.is_grad_enabled():
-            x.requires_grad_()
-        cos, sin = self.rotary(x, position_ids=rows.positions.unsqueeze(0))
+    def rotary_tables(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of positions [T], each [T, 1, size / 2] in the compute dtype."""
+        cos, sin = self.rotary(x, position_ids=positions.unsqueeze(0))
         if cos.shape[-1] != self.heads.size:
             raise UnsupportedModel(
                 f"rotary embedding over {cos.shape[-1]} of {self.heads.size} values of a head is not supported"
             )
         half = self.heads.size // 2
         cos, sin = (t[0, :, None, :half].to(self.dtype) for t in (cos, sin))
+        return cos, sin
+
+    def backbone(self, rows: Rows, recompute: bool = False) -> torch.Tensor:
+        """The residual stream after the last layer, [T, d] fp32."""
+        x = torch.nn.functional.embedding(rows.tokens, self.embedding).float()
+        if torch.is_grad_enabled():
+            x.requires_grad_()
+        cos, sin = self.rotary_tables(x, rows.positions)
         layout = make_layout(rows.extents, self.heads, self.device, self.dtype)
         batch = Batch(layout, rows.segments, cos, sin, self.dtype, self.scaling)
         for layer in self.layers:
@@ -188,7 +193,11 @@ class Decoder:
     @torch.no_grad()
     def logprobs(self, rows: Rows) -> torch.Tensor:
         """Logprobs of the targets, [n, K] fp32."""
-        h, _, _ = self._head_input(self.backbone(rows), rows)
+        return self.logprobs_of(self.backbone(rows), rows)
+
+    def logprobs_of(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """The same for a residual stream x [T, d] that is there already."""
+        h, _, _ = self._head_input(x, rows)
         return run_head(self.head, h, rows.targets, self._parts(rows), None)[0]
 
     def train(self, rows: Rows, objective: Objective, recompute: bool = False) -> torch.Tensor:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from core.machine import (
     EngineOptions,
+    default_kv_tokens,
     default_token_budget,
     release_workers,
 )  # first: it sets the allocator up before torch's threads
@@ -21,16 +23,19 @@ from core.machine import (
 import torch  # isort: skip
 
 from core.custom import CustomObjective, evaluate_custom, finish_custom
-from core.datum import ForwardBackwardOutput
+from core.datum import ForwardBackwardOutput, LoraConfig
 from core.decoder import Decoder
 from core.futures import Future
-from core.lora import Adapter, ComputeCopies, Geometry, Segment
+from core.lora import Adapter, ComputeCopies, Geometry, Segment, Weights
 from core.models import fingerprint, load_base
 from core.objective import Objective, Term
 from core.packing import Item, cut, lay_out
 from core.request import Call, PassRequest
+from core.sampler import Sampler, SampleRequest
+from core.sampling import top_logprobs
 
 log = logging.getLogger("cook.engine")
+PromptLogprobs = tuple[list[float | None], list[list[tuple[int, float]] | None] | None]
 
 
 @dataclass(eq=False)  # two idle tenants are still two
@@ -53,10 +58,14 @@ class Engine:
         self.copies = ComputeCopies(dtype)
         self.token_budget = options.token_budget or default_token_budget(self.decoder)
         self.recompute = False
+        self.base = Weights((-1, 0), LoraConfig(rank=1), Geometry({}, 0), torch.empty(0, 1, dtype=dtype, device=device))
+        self.sampler = Sampler(self.decoder, self.copies, options.kv_tokens or default_kv_tokens(self.decoder))
+        self.train_share = options.train_share
+        self._arrivals: deque[SampleRequest] = deque()
         self._geometries: dict[tuple[bool, bool, bool], Geometry] = {}
         self._tenants: list[Tenant] = []
         self._wake = threading.Condition()
-        self._stopping = False
+        self._stopping = self._dropped = False
         self._thread = threading.Thread(target=self._serve, name=f"engine {base_model}", daemon=True)
         self._thread.start()
 
@@ -94,6 +103,14 @@ class Engine:
             tenant.queue.append(operation)
             self._wake.notify()
 
+    def submit_sample(self, tenant: Tenant, request: SampleRequest) -> None:
+        release_workers()
+        with self._wake:
+            if tenant.left or self._stopping:
+                raise RuntimeError("this sampling client is closed")
+            self._arrivals.append(request)
+            self._wake.notify()
+
     def stop(self) -> None:
         """End the thread once its queues are empty."""
         with self._wake:
@@ -105,6 +122,8 @@ class Engine:
         with self._wake:
             for tenant in self._tenants:
                 tenant.queue.clear()
+            self._arrivals.clear()
+        self._dropped = True
         self.stop()
         self._thread.join()
 
@@ -113,12 +132,17 @@ class Engine:
             pass
 
     def _serve_heads(self) -> bool:
-        """Wait, then do the first operation of every queue; False at the end. No local outlives it: adapters are large."""
+        """Wait, then do the first operation of every queue and sample a step; False at the end.
+
+        No local outlives it: adapters are large.
+        """
         with self._wake:
-            while not any(tenant.queue for tenant in self._tenants):
+            while not (any(tenant.queue for tenant in self._tenants) or self._arrivals or self.sampler.busy):
                 if self._stopping:
                     return False
                 self._wake.wait()
+            if self._dropped:
+                return False
             heads = [tenant.queue.popleft() for tenant in self._tenants if tenant.queue]
         calls = [operation for operation in heads if isinstance(operation, Call)]
         requests = [operation for operation in heads if isinstance(operation, PassRequest)]
@@ -130,7 +154,26 @@ class Engine:
         plain = [request for request in requests if request.custom is None]
         if plain:
             self._guard(plain, lambda plain=plain: self._run_pass(plain))
+        self._sample(seconds=0.0)
         return True
+
+    def _sample(self, seconds: float) -> None:
+        """Steps of the sampler for about so long, one at least, if it has anything to do."""
+        end = time.monotonic() + seconds
+        while True:
+            with self._wake:
+                arrivals = list(self._arrivals)
+                self._arrivals.clear()
+            for request in arrivals:
+                self.sampler.submit(request)
+            if not self.sampler.busy:
+                return
+            try:
+                self.sampler.step()
+            except Exception as error:  # the requests are told; training goes on
+                self.sampler.fail_all(error)
+            if time.monotonic() >= end:
+                return
 
     def _guard(self, requests: list[PassRequest], run: Callable[[], None]) -> None:
         """A pass that fails midway leaves no half-summed gradient behind."""
@@ -138,7 +181,7 @@ class Engine:
             run()
         except BaseException as error:
             for request in requests:
-                if request.train and not request.future.done():
+                if isinstance(request.adapter, Adapter) and request.train and not request.future.done():
                     request.adapter.clear_grad()
                 request.future.set_exception(error)
 
@@ -162,12 +205,13 @@ class Engine:
     ) -> None:
         waiting = deque(cut(items, self.token_budget))
         while waiting:
-            batch = waiting.popleft()
+            batch, start = waiting.popleft(), time.monotonic()
             try:
                 self._run_micro_batch(requests, batch, train, outputs, sums)
             except torch.OutOfMemoryError as error:
                 self._shrink(batch, error)
                 waiting.extendleft(reversed(cut(batch, self.token_budget)))
+            self._sample((time.monotonic() - start) * (1 / self.train_share - 1))
 
     def _shrink(self, batch: list[Item], error: torch.OutOfMemoryError) -> None:
         """Answer to an out-of-memory: half the budget; below one sequence, recomputation; then the end."""
@@ -199,8 +243,9 @@ class Engine:
         objective = Objective(self._terms(requests, ordered), rows.targets.shape, self.device)
         if rows.targets.shape[0] == 0:  # every weight is 0: so is the gradient
             logprobs = rows.targets.float()
-            for item in ordered if train else ():
-                item.adapter.has_grad = True
+            for adapter in (item.adapter for item in ordered if train):
+                assert isinstance(adapter, Adapter)
+                adapter.has_grad = True
         elif train:
             logprobs = self.decoder.train(rows, objective, self.recompute)
         else:
@@ -223,6 +268,21 @@ class Engine:
             if item.wanted is not None:
                 full = torch.zeros(item.targets.shape).index_copy_(0, item.wanted, full)
             outputs[item.request][item.index] = full
+
+    @torch.no_grad()
+    def prompt_logprobs(self, prompt: list[int], weights: Weights, top_k: int) -> PromptLogprobs:
+        """Logprobs (T = 1) of a prompt's tokens and, if asked for, the likeliest ones. For the engine's thread."""
+        if len(prompt) == 1:
+            return [None], [None] if top_k else None
+        tokens = torch.tensor(prompt)
+        item = Item(0, 0, weights, tokens[:-1], tokens[1:, None], None)
+        rows, _ = lay_out([item], self.copies, self.device, with_grad=False)
+        x = self.decoder.backbone(rows)
+        assert rows.selected is not None
+        logprobs: list[float | None] = [None, *self.decoder.logprobs_of(x, rows).squeeze(1).tolist()]
+        if not top_k:
+            return logprobs, None
+        return logprobs, [None, *top_logprobs(self.decoder, x[rows.selected], rows.segments[0], top_k)]
 
     def _terms(self, requests: list[PassRequest], ordered: list[Item]) -> list[Term]:
         terms, start = [], 0

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 from collections.abc import Callable, Generator
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 class Future(Generic[T]):
-    """What every verb of a client returns at once."""
+    """What every verb of a client returns at once.
 
-    def __init__(self) -> None:
+    A cancelled await gives up waiting; the operation runs all the same, unless it is `cancellable` (sampling).
+    """
+
+    def __init__(self, cancellable: bool = False) -> None:
         self._inner: concurrent.futures.Future[T] = concurrent.futures.Future()
-        self._inner.set_running_or_notify_cancel()  # a cancelled await gives up waiting; the operation runs all the same
+        if not cancellable:
+            self._inner.set_running_or_notify_cancel()
 
     @classmethod
     def completed(cls, value: T) -> Future[T]:
@@ -30,6 +36,10 @@ class Future(Generic[T]):
     def done(self) -> bool:
         return self._inner.done()
 
+    def cancel(self) -> bool:
+        """Give the operation up; False where it cannot be, or is over."""
+        return self._inner.cancel()
+
     def __await__(self) -> Generator[Any, None, T]:
         return asyncio.wrap_future(self._inner).__await__()
 
@@ -41,8 +51,24 @@ class Future(Generic[T]):
             self._inner.set_exception(error)
 
     def set_result(self, value: T) -> None:
-        self._inner.set_result(value)
+        with contextlib.suppress(concurrent.futures.InvalidStateError):  # cancelled in this moment
+            self._inner.set_result(value)
 
     def set_exception(self, error: BaseException) -> None:
-        if not self._inner.done():
+        with contextlib.suppress(concurrent.futures.InvalidStateError):  # settled already
             self._inner.set_exception(error)
+
+    def then(self, change: Callable[[T], U]) -> Future[U]:
+        """A future of what `change` makes of the value; an exception goes through."""
+        changed: Future[U] = Future()
+        self._inner.add_done_callback(lambda _: changed.resolve(lambda: change(self._inner.result())))
+        return changed
+
+    def add_error_callback(self, tell: Callable[[BaseException], None]) -> None:
+        """Call `tell` with the exception, should there be one."""
+
+        def settled(inner: concurrent.futures.Future[T]) -> None:
+            if (error := inner.exception()) is not None:
+                tell(error)
+
+        self._inner.add_done_callback(settled)

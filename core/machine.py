@@ -41,11 +41,17 @@ CPU_TOKEN_BUDGET = 1024  # tokens per micro-batch: products run at nearly full s
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """dtype auto: bfloat16 on CUDA and on CPUs with bf16 instructions, else float32. token_budget None: by the machine."""
+    """dtype auto: bfloat16 on CUDA and on CPUs with bf16 instructions, else float32. None: by the machine.
+
+    kv_tokens is the room for keys and values of sequences being sampled; train_share the part of the time that training
+    gets while both wait.
+    """
 
     dtype: str = "auto"
     device: str = "auto"
     token_budget: int | None = None
+    kv_tokens: int | None = None
+    train_share: float = 0.5
 
     def resolve(self) -> tuple[torch.dtype, torch.device]:
         device = self.device if self.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
@@ -96,6 +102,13 @@ def token_budget(device: torch.device, bytes_per_token: int, reserved: int = 0) 
         return CPU_TOKEN_BUDGET
     fits = int(0.6 * (torch.cuda.mem_get_info(device)[0] - reserved) / bytes_per_token)
     return max(256, min(16_384, fits // 256 * 256))
+
+
+def default_kv_tokens(decoder: Decoder) -> int:
+    """Room for keys and values: a third of the free memory on CUDA, up to 4 GiB on a CPU; taken as it is needed."""
+    heads, layers = decoder.heads, len(decoder.layers)
+    room = 4 << 30 if decoder.device.type == "cpu" else torch.cuda.mem_get_info(decoder.device)[0] // 3
+    return max(1024, room // (2 * layers * heads.kv * heads.size * decoder.dtype.itemsize))
 
 
 def default_token_budget(decoder: Decoder) -> int:

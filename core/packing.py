@@ -26,7 +26,7 @@ class Item:
 
     request: int
     index: int  # within the request's data
-    adapter: Adapter
+    adapter: Adapter | Weights
     tokens: torch.Tensor  # [N] int64
     targets: torch.Tensor  # [N, K] int64
     wanted: torch.Tensor | None  # [n] positions, ascending; None: all
@@ -78,7 +78,7 @@ def _in_order(items: Sequence[Item]) -> list[tuple[Item, int]]:
 
 def lay_out(batch: Sequence[Item], copies: ComputeCopies, device: torch.device, with_grad: bool) -> tuple[Rows, list[Item]]:
     """Packed rows of one micro-batch and its items in the order of their targets."""
-    counts: dict[int, tuple[Adapter, int]] = {}
+    counts: dict[int, tuple[Adapter | Weights, int]] = {}
     for item in batch:
         counts[id(item.adapter)] = (item.adapter, counts.get(id(item.adapter), (item.adapter, 0))[1] + item.length)
     ordered: list[Item] = []
@@ -121,7 +121,7 @@ def lay_out(batch: Sequence[Item], copies: ComputeCopies, device: torch.device, 
 class Placed:
     """Tokens that got rows [start, stop); `prefix` are the rows of the positions before, `position` their number."""
 
-    adapter: Adapter
+    adapter: Adapter | Weights
     tokens: torch.Tensor
     position: int
     start: int
@@ -154,7 +154,7 @@ def _place(items: Sequence[Item], start: int, share_rows: bool) -> tuple[list[Pl
     return placed, [path[id(span)] for span in last]
 
 
-AnyAdapter = TypeVar("AnyAdapter", Adapter, Weights)
+AnyAdapter = TypeVar("AnyAdapter", bound=Adapter | Weights)
 
 
 def bins(counts: Sequence[tuple[AnyAdapter, int]], on_cpu: bool) -> list[list[AnyAdapter]]:

@@ -11,7 +11,7 @@ import torch
 from core.datum import Datum, ForwardBackwardOutput
 from core.door import Sequenced
 from core.futures import Future
-from core.lora import Adapter
+from core.lora import Adapter, Weights
 from core.packing import Item
 
 CustomLoss = Callable[[Sequence[Datum], list[torch.Tensor]], tuple[torch.Tensor, dict[str, float]]]
@@ -21,7 +21,7 @@ CustomLoss = Callable[[Sequence[Datum], list[torch.Tensor]], tuple[torch.Tensor,
 class PassRequest:
     """A forward_backward, forward or custom request that passed the door."""
 
-    adapter: Adapter
+    adapter: Adapter | Weights
     data: list[Sequenced]
     loss_fn: str
     config: Mapping[str, float]

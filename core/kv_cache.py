@@ -1,0 +1,161 @@
+"""Keys and values of sequences that are being sampled: slots of one capacity per pool, and what idle ones still hold.
+
+A slot keeps the tokens whose keys and values it has. A later prompt that begins with them (the same weights, the next turn
+of a conversation, another attempt at one prompt) copies or takes over the slot instead of computing them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from core.attention import Heads
+
+SMALLEST = 64  # tokens of the smallest slots; capacities are powers of two of them
+FIRST_TOKENS = 1024  # room of a new pool, at least one slot; it doubles when it is full
+
+
+@dataclass(eq=False)
+class Slot:
+    """Room for one sequence. `tokens` have their keys and values in it; `weights` says under which adapter."""
+
+    pool: Pool
+    index: int
+    weights: Hashable = None
+    tokens: list[int] = field(default_factory=list)
+    busy: bool = False
+    used: int = 0  # when it was last taken or left
+
+
+class Pool:
+    """Slots of one capacity: k [layers, slots, kv, size, capacity] and v [layers, slots, kv, capacity, size]."""
+
+    def __init__(
+        self, capacity: int, count: int, num_layers: int, heads: Heads, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.capacity, self.slots = capacity, [Slot(self, i) for i in range(count)]
+        # zeros, not empty: what lies beyond a sequence's end has weight 0, and 0 * NaN would be NaN
+        self.k = torch.zeros(num_layers, count, heads.kv, heads.size, capacity, dtype=dtype, device=device)
+        self.v = torch.zeros(num_layers, count, heads.kv, capacity, heads.size, dtype=dtype, device=device)
+
+    def grow(self, count: int) -> None:
+        for name in ("k", "v"):
+            old = getattr(self, name)
+            setattr(self, name, torch.cat([old, old.new_zeros(len(old), count, *old.shape[2:])], dim=1))
+        self.slots += [Slot(self, len(self.slots) + i) for i in range(count)]
+
+    def copy(self, source: Slot, target: Slot, num_tokens: int) -> None:
+        """The first tokens of `source` (of any pool) into `target`."""
+        n = num_tokens
+        self.k[:, target.index, :, :, :n] = source.pool.k[:, source.index, :, :, :n]
+        self.v[:, target.index, :, :n] = source.pool.v[:, source.index, :, :n]
+
+
+class KvCache:
+    """Pools by capacity, at most `max_tokens` of room in all."""
+
+    def __init__(self, num_layers: int, heads: Heads, dtype: torch.dtype, device: torch.device, max_tokens: int) -> None:
+        self.num_layers, self.heads, self.dtype, self.device = num_layers, heads, dtype, device
+        self.max_tokens = max_tokens
+        self.pools: dict[int, Pool] = {}
+        self._clock = 0
+
+    @property
+    def room(self) -> int:
+        """Tokens that can still be made room for without giving anything up."""
+        return self.max_tokens - sum(pool.capacity * len(pool.slots) for pool in self.pools.values())
+
+    def slots(self) -> Iterator[Slot]:
+        for pool in self.pools.values():
+            yield from pool.slots
+
+    def take(self, tokens: list[int], num_tokens: int, weights: Hashable) -> tuple[Slot, int] | None:
+        """(a slot for a sequence of up to `num_tokens`, how many of `tokens` it already holds); None: no room now."""
+        best, common = self._best(tokens, weights)
+        capacity = self.capacity_for(num_tokens)
+        if best is not None and not best.busy and best.pool.capacity == capacity and common * 2 >= len(best.tokens):
+            slot = best
+        else:
+            slot = self._free(capacity, keep=best)
+            if slot is None:
+                return None
+            if best is not None:
+                slot.pool.copy(best, slot, common)
+        slot.tokens, slot.weights, slot.busy = tokens[:common], weights, True
+        self._touch(slot)
+        return slot, common
+
+    def leave(self, slot: Slot, spoilt: bool = False) -> None:
+        """The sequence has ended; its tokens stay findable. `spoilt`: what it holds is not finite."""
+        slot.busy = False
+        self._touch(slot)
+        if spoilt:
+            slot.tokens, slot.weights = [], None
+            slot.pool.k[:, slot.index] = 0
+            slot.pool.v[:, slot.index] = 0
+
+    def forget(self, weights: Hashable) -> None:
+        """Nobody will ask for these weights again."""
+        for slot in self.slots():
+            if not slot.busy and slot.weights == weights:
+                slot.tokens, slot.weights = [], None
+
+    def capacity_for(self, num_tokens: int) -> int:
+        return SMALLEST << max(0, (num_tokens - 1) // SMALLEST).bit_length()
+
+    def _touch(self, slot: Slot) -> None:
+        self._clock += 1
+        slot.used = self._clock
+
+    def _best(self, tokens: list[int], weights: Hashable) -> tuple[Slot | None, int]:
+        """The slot that shares the longest beginning with `tokens`; an idle one, if there is a choice."""
+        best, length = None, 0
+        for slot in self.slots():
+            if slot.weights != weights or len(slot.tokens) < length or not slot.tokens:
+                continue
+            common = common_length(slot.tokens, tokens)
+            if common > length or (common == length > 0 and best is not None and best.busy and not slot.busy):
+                best, length = slot, common
+        return best, length
+
+    def _free(self, capacity: int, keep: Slot | None) -> Slot | None:
+        """An unused slot, new room, or the slot that has been idle for longest."""
+        pool = self.pools.get(capacity)
+        idle = [slot for slot in pool.slots if not slot.busy] if pool is not None else []
+        if empty := next((slot for slot in idle if not slot.tokens), None):
+            return empty
+        want = capacity * (max(1, FIRST_TOKENS // capacity) if pool is None else len(pool.slots))
+        if self.room < want:
+            self._drop_idle_pools(but={capacity, keep.pool.capacity if keep is not None else 0}, want=want)
+        if (count := min(want, self.room) // capacity) > 0:
+            if pool is None:
+                pool = Pool(capacity, count, self.num_layers, self.heads, self.dtype, self.device)
+                self.pools[capacity] = pool
+            else:
+                pool.grow(count)
+            return pool.slots[-count]
+        oldest = min((slot for slot in idle if slot is not keep), key=lambda slot: slot.used, default=None)
+        return oldest if oldest is not None or not idle else idle[0]
+
+    def _drop_idle_pools(self, but: set[int], want: int) -> None:
+        for capacity, pool in list(self.pools.items()):
+            if self.room >= want:
+                return
+            if capacity not in but and not any(slot.busy for slot in pool.slots):
+                del self.pools[capacity]
+
+
+def common_length(a: list[int], b: list[int]) -> int:
+    """Tokens that both begin with."""
+    low, high = 0, min(len(a), len(b))
+    if a[:high] == b[:high]:
+        return high
+    while high - low > 1:  # a[:low] == b[:low], a[:high] != b[:high]
+        middle = (low + high) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low

@@ -1,0 +1,302 @@
+"""Continuous batching: requests of any adapters, one new token each per step, over the training modules themselves.
+
+Prompts are computed in passes of their own, up to their last token; that one is the first input of decoding. A prompt that
+several sequences share is computed once, whoever asks. Only the engine's thread calls `step`.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+import weakref
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from core.datum import SampledSequence, SampleResponse, SamplingParams
+from core.decoder import Decoder
+from core.futures import Future
+from core.inference import Decode, Prefill, run
+from core.kv_cache import KvCache, Pool, Slot
+from core.lora import ComputeCopies, Segment, Weights
+from core.packing import bins, make_segment
+from core.sampling import Choice, Head, pick
+
+PREFILL_ROWS = 1024  # new prompt tokens per pass; decoding goes on between passes
+
+
+@dataclass(eq=False)
+class SampleRequest:
+    """One call of `sample`, checked."""
+
+    prompt: list[int]
+    num_samples: int
+    params: SamplingParams
+    max_tokens: int
+    weights: Weights
+    ends: Callable[[list[int]], bool]  # whether the tokens so far end in something to stop at
+    future: Future[SampleResponse]
+    prompt_logprobs: tuple[list[float | None], list[list[tuple[int, float]] | None] | None] | None = None
+    sequences: list[Continuation] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Continuation:
+    """One sample on its way: `tokens` are the prompt and what has been sampled."""
+
+    request: SampleRequest
+    tokens: list[int]
+    uniform: Callable[[], float]
+    logprobs: list[float] = field(default_factory=list)
+    slot: Slot | None = None
+    shift: float | None = None
+    stop_reason: str | None = None
+
+    @property
+    def sampled(self) -> list[int]:
+        return self.tokens[len(self.request.prompt) :]
+
+
+class Sampler:
+    """The requests of one engine. `submit` is for the engine too: it hands over what clients have queued."""
+
+    def __init__(self, decoder: Decoder, copies: ComputeCopies, kv_tokens: int) -> None:
+        self.decoder, self.copies = decoder, copies
+        self.cache = KvCache(len(decoder.layers), decoder.heads, decoder.dtype, decoder.device, kv_tokens)
+        self._waiting: deque[Continuation] = deque()
+        self._filling: list[Continuation] = []
+        self._running: list[Continuation] = []
+        self._batch: Batch | None = None
+        self._alive: weakref.WeakValueDictionary[Hashable, Weights] = weakref.WeakValueDictionary()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting or self._filling or self._running)
+
+    def submit(self, request: SampleRequest) -> None:
+        seed = request.params.seed
+        self._alive[request.weights.key] = request.weights
+        for i in range(request.num_samples):
+            generator = random.Random(secrets.randbits(64) if seed is None else f"{seed} {i}")
+            request.sequences.append(Continuation(request, list(request.prompt), generator.random))
+        self._waiting.extend(request.sequences)
+
+    def fail_all(self, error: BaseException) -> None:
+        for sequence in [*self._waiting, *self._filling, *self._running]:
+            self._fail(sequence.request, error)
+        self._drop_ended()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Admit what fits, one pass over prompts if any wait, and one new token for every running sequence."""
+        self._drop_ended()
+        self._admit()
+        if self._filling:
+            self._prefill()
+        if self._running:
+            self._decode()
+        self._drop_ended()
+
+    # ---- coming and going
+
+    def _admit(self) -> None:
+        """In the order of arrival; a prompt that another sequence is computing right now is waited for."""
+        for slot in self.cache.slots():
+            if not slot.busy and slot.tokens and slot.weights not in self._alive:
+                slot.tokens, slot.weights = [], None
+        held: list[Continuation] = []
+        in_progress = {(s.request.weights.key, tuple(s.request.prompt)) for s in self._filling}
+        while self._waiting:
+            sequence = self._waiting[0]
+            request = sequence.request
+            name = (request.weights.key, tuple(request.prompt))
+            if name in in_progress:
+                held.append(self._waiting.popleft())
+                continue
+            taken = self.cache.take(request.prompt[:-1], len(request.prompt) + request.max_tokens, request.weights.key)
+            if taken is None:
+                break
+            sequence.slot, common = taken
+            self._waiting.popleft()
+            if common == len(request.prompt) - 1:
+                self._running.append(sequence)
+                self._batch = None
+            else:
+                self._filling.append(sequence)
+                in_progress.add(name)
+        self._waiting.extendleft(reversed(held))
+
+    def _drop_ended(self) -> None:
+        """Sequences that are done, failed or cancelled give up their slots."""
+
+        def over(sequence: Continuation) -> bool:
+            return sequence.stop_reason is not None or sequence.request.future.done()
+
+        if any(over(sequence) for sequence in [*self._filling, *self._running]):
+            self._batch = None
+            for sequence in [*self._filling, *self._running]:
+                if over(sequence) and sequence.slot is not None:
+                    self.cache.leave(sequence.slot, spoilt=sequence.stop_reason == "failed")
+                    sequence.slot = None
+        self._filling = [s for s in self._filling if not over(s)]
+        self._running = [s for s in self._running if not over(s)]
+        if any(over(sequence) for sequence in self._waiting):
+            self._waiting = deque(s for s in self._waiting if not over(s))
+
+    def _fail(self, request: SampleRequest, error: BaseException) -> None:
+        request.future.set_exception(error)
+
+    def _finish(self, sequence: Continuation, reason: str) -> None:
+        sequence.stop_reason = reason
+        request = sequence.request
+        if all(s.stop_reason is not None for s in request.sequences):
+            found = [SampledSequence(s.sampled, s.logprobs, str(s.stop_reason)) for s in request.sequences]
+            request.future.set_result(SampleResponse(found, *(request.prompt_logprobs or (None, None))))
+
+    # ---- prompts
+
+    def _prefill(self) -> None:
+        """The next tokens of the prompts being computed, as many as a pass takes."""
+        chosen: list[tuple[Continuation, int, int]] = []  # sequence, from, to
+        room = PREFILL_ROWS
+        for sequence in self._filling:
+            assert sequence.slot is not None
+            start, end = len(sequence.slot.tokens), len(sequence.request.prompt) - 1
+            stop = min(end, start + room)
+            chosen.append((sequence, start, stop))
+            room -= stop - start
+            if room == 0:
+                break
+        chosen.sort(key=lambda part: _adapter_order(part[0]))
+        parts, tokens, positions, row = [], [], [], 0
+        for sequence, start, stop in chosen:
+            assert sequence.slot is not None
+            parts.append(Prefill(sequence.slot, row, stop - start, start))
+            tokens += sequence.tokens[start:stop]
+            positions += range(start, stop)
+            row += stop - start
+        device = self.decoder.device
+        segments = self._segments([(s.request.weights, stop - start) for s, start, stop in chosen])
+        run(self.decoder, torch.tensor(tokens, device=device), torch.tensor(positions, device=device), segments, parts)
+        for sequence, _, stop in chosen:
+            assert sequence.slot is not None
+            sequence.slot.tokens = sequence.tokens[:stop]
+            if stop == len(sequence.request.prompt) - 1:
+                self._filling.remove(sequence)
+                self._running.append(sequence)
+                self._batch = None
+
+    # ---- decoding
+
+    def _decode(self) -> None:
+        batch = self._batch = self._batch or self._make_batch()
+        device = self.decoder.device
+        for part in batch.parts:
+            part.ready(self.decoder.dtype)
+        x = run(self.decoder, batch.tokens, batch.positions, batch.segments, batch.parts)
+        head = Head(self.decoder, x, batch.segments)
+        if batch.fresh:
+            self._first_shift(head, batch)
+        uniform = torch.tensor([s.uniform() for s in batch.sequences], dtype=torch.float64, device=device)
+        picked = pick(head, batch.shift, batch.choice, uniform)
+        batch.tokens, batch.shift = picked.tokens, picked.shift
+        batch.positions += 1
+        for part in batch.parts:
+            part.positions += 1
+        tokens, logprobs = picked.tokens.tolist(), picked.logprobs.tolist()
+        for sequence, token, logprob in zip(batch.sequences, tokens, logprobs, strict=True):
+            self._advance(sequence, token, logprob)
+        if any(s.stop_reason is not None for s in batch.sequences):
+            for sequence, shift in zip(batch.sequences, batch.shift.tolist(), strict=True):
+                sequence.shift = shift
+
+    def _advance(self, sequence: Continuation, token: int, logprob: float) -> None:
+        assert sequence.slot is not None
+        request = sequence.request
+        if logprob != logprob:
+            sequence.stop_reason = "failed"
+            self._fail(request, FloatingPointError("the model's logits are not finite: the adapter has diverged"))
+            return
+        sequence.slot.tokens.append(sequence.tokens[-1])
+        sequence.tokens.append(token)
+        sequence.logprobs.append(logprob)
+        if request.ends(sequence.sampled):
+            self._finish(sequence, "stop")
+        elif len(sequence.logprobs) >= request.max_tokens:
+            self._finish(sequence, "length")
+
+    def _make_batch(self) -> Batch:
+        """Rows sorted by adapter, then by slot, so that each adapter's rows are one segment."""
+        self._running.sort(key=lambda s: (_adapter_order(s), _slot_order(s)))
+        sequences, device = self._running, self.decoder.device
+        tensor = partial(torch.tensor, device=device)
+        positions = [len(s.tokens) - 1 for s in sequences]
+        parts = []
+        pools: dict[Pool, list[int]] = {}
+        for row, sequence in enumerate(sequences):
+            assert sequence.slot is not None
+            pools.setdefault(sequence.slot.pool, []).append(row)
+        for pool, rows in pools.items():
+            slots = [s.slot.index for s in (sequences[row] for row in rows) if s.slot is not None]
+            low, high = min(slots), max(slots) + 1
+            dense = len(rows) == len(sequences) and slots == list(range(low, high))
+            parts.append(Decode(pool, low, high, tensor(rows), tensor(slots), tensor([positions[r] for r in rows]), dense))
+        return Batch(
+            list(sequences),
+            tensor([s.tokens[-1] for s in sequences]),
+            tensor(positions),
+            self._segments([(s.request.weights, 1) for s in sequences]),
+            parts,
+            Choice.of([s.request.params for s in sequences], device),
+            tensor([s.shift or 0.0 for s in sequences]),
+            [row for row, s in enumerate(sequences) if s.shift is None],
+        )
+
+    def _first_shift(self, head: Head, batch: Batch) -> None:
+        """A sequence's first logits have no shift yet: find their largest."""
+        largest = head.logits(torch.zeros_like(batch.shift)).amax(0).float()
+        fresh = torch.tensor(batch.fresh, device=largest.device)
+        batch.shift = batch.shift.index_copy(0, fresh, largest[fresh])
+        batch.fresh = []
+
+    def _segments(self, owners: Sequence[tuple[Weights, int]]) -> list[Segment]:
+        """Segments of rows given with their owners, which are sorted by rank and key."""
+        counts: dict[tuple[int, int], tuple[Weights, int]] = {}
+        for weights, rows in owners:
+            counts[weights.key] = (weights, counts.get(weights.key, (weights, 0))[1] + rows)
+        segments, start = [], 0
+        for members in bins(list(counts.values()), self.decoder.device.type == "cpu"):
+            of_rows, at = [], 0
+            for weights in members:
+                rows = counts[weights.key][1]
+                of_rows.append((weights, at, at + rows))
+                at += rows
+            segments.append(make_segment(start, start + at, members, of_rows, self.copies, with_grad=False))
+            start += at
+        return segments
+
+
+@dataclass
+class Batch:
+    """The running sequences as tensors, kept while nobody comes or goes."""
+
+    sequences: list[Continuation]
+    tokens: torch.Tensor  # [n] the next inputs
+    positions: torch.Tensor
+    segments: list[Segment]
+    parts: list[Decode]
+    choice: Choice
+    shift: torch.Tensor  # [n] fp32
+    fresh: list[int]  # rows without a shift
+
+
+def _adapter_order(continuation: Continuation) -> tuple[int, tuple[int, int]]:
+    return continuation.request.weights.config.rank, continuation.request.weights.key
+
+
+def _slot_order(sequence: Continuation) -> tuple[int, int]:
+    assert sequence.slot is not None
+    return sequence.slot.pool.capacity, sequence.slot.index

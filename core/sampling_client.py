@@ -1,0 +1,109 @@
+"""Sampling from one adapter as it was at one moment, or from the base model."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from core.datum import ModelInput, SampleResponse, SamplingParams
+from core.door import Sequenced
+from core.futures import Future
+from core.lora import Weights
+from core.request import Call, PassRequest
+from core.sampler import SampleRequest
+from core.stops import ends_at
+
+if TYPE_CHECKING:
+    from core.engine import Engine, Tenant
+
+
+class SamplingClient:
+    """An immutable snapshot: later optim_steps do not change what it samples. Bad requests raise ValueError here."""
+
+    def __init__(self, engine: Engine, weights: Weights, tenant: Tenant, release: Callable[[], None]) -> None:
+        self.engine, self.weights, self.tenant = engine, weights, tenant
+        self._finalizer = weakref.finalize(self, release)
+        self._finalizer.atexit = False
+
+    def close(self) -> None:
+        """Leave the engine; what has been submitted still runs."""
+        self._finalizer()
+
+    def sample(
+        self,
+        prompt: ModelInput,
+        num_samples: int = 1,
+        sampling_params: SamplingParams | None = None,
+        include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+    ) -> Future[SampleResponse]:
+        """`num_samples` continuations of `prompt`. The future can be cancelled; what was begun is then given up."""
+        params = sampling_params or SamplingParams()
+        tokens = self._checked(prompt)
+        max_tokens = self._checked_params(params, len(tokens))
+        if num_samples < 1:
+            raise ValueError(f"num_samples is {num_samples}, expected at least 1")
+        ends = ends_at(params.stop, self.engine.base_model)
+        future: Future[SampleResponse] = Future(cancellable=True)
+        request = SampleRequest(tokens, num_samples, params, max_tokens, self.weights, ends, future)
+        if not (include_prompt_logprobs or topk_prompt_logprobs):
+            self.engine.submit_sample(self.tenant, request)
+            return future
+
+        def begin() -> None:
+            request.prompt_logprobs = self.engine.prompt_logprobs(tokens, self.weights, topk_prompt_logprobs)
+            self.engine.sampler.submit(request)
+
+        started: Future[None] = Future()
+        started.add_error_callback(future.set_exception)
+        self.engine.submit(self.tenant, Call(begin, started))
+        return future
+
+    def compute_logprobs(self, prompt: ModelInput) -> Future[list[float | None]]:
+        """The logprob (T = 1) of each prompt token given those before it; None for the first. Equal to the trainer's."""
+        tokens = torch.tensor(self._checked(prompt))
+        if len(tokens) == 1:
+            return Future.completed([None])
+        datum = Sequenced(tokens[:-1], tokens[1:, None], {}, tokens[1:].shape)
+        request = PassRequest(self.weights, [datum], "cross_entropy", {}, False, False, Future())
+        self.engine.submit(self.tenant, request)
+        return request.future.then(lambda output: [None, *output.loss_fn_outputs[0]["logprobs"].tolist()])
+
+    def _checked(self, prompt: ModelInput) -> list[int]:
+        tokens, decoder = prompt.to_ints(), self.engine.decoder
+        if not tokens:
+            raise ValueError("the prompt is empty, expected at least one token")
+        if odd := [token for token in tokens if not 0 <= token < decoder.vocab_size]:
+            raise ValueError(f"the prompt has token {odd[0]}, outside the vocabulary of {decoder.vocab_size}")
+        if len(tokens) > decoder.max_length:
+            raise ValueError(f"the prompt has {len(tokens)} tokens, the model's context is {decoder.max_length}")
+        return tokens
+
+    def _checked_params(self, params: SamplingParams, num_prompt: int) -> int:
+        """max_tokens, filled in."""
+        context, room = self.engine.decoder.max_length, self.engine.sampler.cache.max_tokens
+        max_tokens = context - num_prompt if params.max_tokens is None else params.max_tokens
+        if max_tokens < 1:
+            asked = f"max_tokens={params.max_tokens}" if params.max_tokens is not None else "no room for a reply"
+            raise ValueError(f"{asked} with a prompt of {num_prompt} tokens and a context of {context}: expected at least 1")
+        if num_prompt + max_tokens > context:
+            raise ValueError(
+                f"a prompt of {num_prompt} tokens and max_tokens={max_tokens} make {num_prompt + max_tokens},"
+                f" the model's context is {context}"
+            )
+        needed = self.engine.sampler.cache.capacity_for(num_prompt + max_tokens)
+        if needed > room:
+            raise ValueError(
+                f"a prompt of {num_prompt} tokens and max_tokens={max_tokens} take {needed} tokens of key-value room,"
+                f" engine.kv_tokens is {room}"
+            )
+        if not params.temperature >= 0 or params.temperature == float("inf"):
+            raise ValueError(f"temperature is {params.temperature}, expected 0 or more")
+        if not 0 < params.top_p <= 1:
+            raise ValueError(f"top_p is {params.top_p}, expected more than 0 and at most 1")
+        if params.top_k == 0 or params.top_k < -1:
+            raise ValueError(f"top_k is {params.top_k}, expected -1 (all) or at least 1")
+        return max_tokens

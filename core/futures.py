@@ -68,7 +68,7 @@ class Future(Generic[T]):
         """Call `tell` with the exception, should there be one."""
 
         def settled(inner: concurrent.futures.Future[T]) -> None:
-            if (error := inner.exception()) is not None:
+            if not inner.cancelled() and (error := inner.exception()) is not None:
                 tell(error)
 
         self._inner.add_done_callback(settled)

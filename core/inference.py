@@ -6,7 +6,7 @@ factors, products in the compute dtype. Nothing is kept for a backward.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +16,6 @@ from core.attention import BLOCK, Heads
 from core.decoder import Decoder
 from core.fused import Layer, normalise, rms, rotate
 from core.kv_cache import Pool, Slot
-from core.lora import Segment, add_lora
 
 KEYS_TO = 32  # keys of a decode step are padded to multiples of this: few distinct shapes
 
@@ -37,7 +36,8 @@ class Decode:
 
     def ready(self, dtype: torch.dtype) -> None:
         """Set the mask to the current positions."""
-        self.num_keys = min(self.pool.capacity, -(-(int(self.positions.max()) + 1) // KEYS_TO) * KEYS_TO)
+        longest = -(-(int(self.positions.max()) + 1) // KEYS_TO) * KEYS_TO
+        self.num_keys = longest if longest * 2 <= self.pool.capacity else self.pool.capacity  # a part of a slot is copied
         last = torch.zeros(self.high - self.low, dtype=torch.int64, device=self.slots.device)
         last[self.slots - self.low] = self.positions
         hidden = torch.arange(self.num_keys, device=last.device) > last.unsqueeze(1)
@@ -100,11 +100,14 @@ def _causal(num_queries: int, num_keys: int, group: int, like: torch.Tensor) -> 
     return torch.zeros_like(hidden, dtype=like.dtype).masked_fill_(hidden, float("-inf")).repeat_interleave(group, 0)
 
 
+AddAdapters = Callable[[torch.Tensor, torch.Tensor, str], object]  # (x, y, site): y += what the rows' adapters make of x
+
+
 def run(
     decoder: Decoder,
     tokens: torch.Tensor,
     positions: torch.Tensor,
-    segments: Sequence[Segment],
+    add: AddAdapters,
     work: Sequence[Decode] | Sequence[Prefill],
 ) -> torch.Tensor:
     """The residual stream after the last layer for new rows: tokens [T], positions [T] -> [T, d] fp32."""
@@ -115,25 +118,25 @@ def run(
     kv = torch.empty(len(x), 2 * heads.kv, heads.size, dtype=dtype, device=x.device)
     attended = torch.empty_like(q)
     for index, layer in enumerate(decoder.layers):
-        _project(x, layer, heads, cos, sin, segments, dtype, q, kv)
+        _project(x, layer, heads, cos, sin, add, dtype, q, kv)
         for part in work:
             part.attend(index, q, kv, decoder.scaling, heads, attended)
         a = attended.view(len(x), -1)
         y = F.linear(a, layer.output.weight, layer.output.bias)
-        add_lora(a, y, layer.output.site, segments)
+        add(a, y, layer.output.site)
         x.add_(y)
-        _mlp(x, layer, segments, dtype)
+        _mlp(x, layer, add, dtype)
     return x
 
 
 def _project(
-    x: torch.Tensor, layer: Layer, heads: Heads, cos: torch.Tensor, sin: torch.Tensor, segments: Sequence[Segment],
+    x: torch.Tensor, layer: Layer, heads: Heads, cos: torch.Tensor, sin: torch.Tensor, add: AddAdapters,
     dtype: torch.dtype, q: torch.Tensor, kv: torch.Tensor,
 ) -> None:  # fmt: skip
     """Rotated q, rotated k and v of every row."""
     h = normalise(x, rms(x, layer.attention_norm.eps), layer.attention_norm, dtype)
     y = F.linear(h, layer.qkv.weight, layer.qkv.bias)
-    add_lora(h, y, layer.qkv.site, segments)
+    add(h, y, layer.qkv.site)
     y = y.view(-1, heads.total, heads.size)
     raw_q, raw_k = y[:, : heads.q], y[:, heads.q : heads.q + heads.kv]
     if layer.q_norm is not None and layer.k_norm is not None:
@@ -144,12 +147,12 @@ def _project(
     kv[:, heads.kv :] = y[:, heads.q + heads.kv :]
 
 
-def _mlp(x: torch.Tensor, layer: Layer, segments: Sequence[Segment], dtype: torch.dtype) -> None:
+def _mlp(x: torch.Tensor, layer: Layer, add: AddAdapters, dtype: torch.dtype) -> None:
     h = normalise(x, rms(x, layer.mlp_norm.eps), layer.mlp_norm, dtype)
     gate_up = F.linear(h, layer.gate_up.weight, layer.gate_up.bias)
-    add_lora(h, gate_up, layer.gate_up.site, segments)
+    add(h, gate_up, layer.gate_up.site)
     gate, up = gate_up.chunk(2, dim=1)
     a = F.silu(gate).mul_(up)
     y = F.linear(a, layer.down.weight, layer.down.bias)
-    add_lora(a, y, layer.down.site, segments)
+    add(a, y, layer.down.site)
     x.add_(y)

@@ -79,6 +79,9 @@ class KvCache:
             slot = best
         else:
             slot = self._free(capacity, keep=best)
+            if slot is None and best is not None:  # what it would have kept stands in its way
+                best, common = None, 0
+                slot = self._free(capacity, keep=None)
             if slot is None:
                 return None
             if best is not None:

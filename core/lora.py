@@ -225,6 +225,13 @@ class Segment:
             u.mul_(self.scale)
         return u
 
+    def unembed(self, h: torch.Tensor) -> tuple[slice, torch.Tensor, torch.Tensor] | None:
+        """(all rows of h, scaled h A^T [n, R], B [V, R]) of the unembedding, for one adapter; None: it is not adapted."""
+        rows = self.geometry.sites.get("unembed")
+        if rows is None:
+            return None
+        return slice(0, len(h)), self.scale_(h @ self.a(rows, self.factors)), self.factors[rows.b[0]]
+
     def fold(self) -> None:
         """Add the micro-batch's gradient to the accumulators of its adapters."""
         assert self.grad is not None

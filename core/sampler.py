@@ -10,7 +10,7 @@ import random
 import secrets
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -21,11 +21,13 @@ from core.decoder import Decoder
 from core.futures import Future
 from core.inference import Decode, Prefill, run
 from core.kv_cache import KvCache, Pool, Slot
-from core.lora import ComputeCopies, Segment, Weights
+from core.lora import ComputeCopies, Segment, Weights, add_lora
 from core.packing import bins, make_segment
 from core.sampling import Choice, Head, pick
+from core.stacked import StackedRows, Stacks
 
 PREFILL_ROWS = 1024  # new prompt tokens per pass; decoding goes on between passes
+DIVERGED = "the model's logits are not finite: the adapter has diverged"
 
 
 @dataclass(eq=False)
@@ -70,6 +72,7 @@ class Sampler:
         self._filling: list[Continuation] = []
         self._running: list[Continuation] = []
         self._batch: Batch | None = None
+        self._stacks = Stacks(copies)
         self._alive: weakref.WeakValueDictionary[Hashable, Weights] = weakref.WeakValueDictionary()
 
     @property
@@ -77,8 +80,11 @@ class Sampler:
         return bool(self._waiting or self._filling or self._running)
 
     def submit(self, request: SampleRequest) -> None:
-        seed = request.params.seed
-        self._alive[request.weights.key] = request.weights
+        seed, weights = request.params.seed, request.weights
+        if weights.key not in self._alive and not torch.linalg.vector_norm(weights.params) < float("inf"):
+            self._fail(request, FloatingPointError(DIVERGED))  # in a shared product its neighbours would see 0 * NaN
+            return
+        self._alive[weights.key] = weights
         for i in range(request.num_samples):
             generator = random.Random(secrets.randbits(64) if seed is None else f"{seed} {i}")
             request.sequences.append(Continuation(request, list(request.prompt), generator.random))
@@ -180,7 +186,8 @@ class Sampler:
             row += stop - start
         device = self.decoder.device
         segments = self._segments([(s.request.weights, stop - start) for s, start, stop in chosen])
-        run(self.decoder, torch.tensor(tokens, device=device), torch.tensor(positions, device=device), segments, parts)
+        add = partial(add_lora, segments=segments)
+        run(self.decoder, torch.tensor(tokens, device=device), torch.tensor(positions, device=device), add, parts)
         for sequence, _, stop in chosen:
             assert sequence.slot is not None
             sequence.slot.tokens = sequence.tokens[:stop]
@@ -196,8 +203,8 @@ class Sampler:
         device = self.decoder.device
         for part in batch.parts:
             part.ready(self.decoder.dtype)
-        x = run(self.decoder, batch.tokens, batch.positions, batch.segments, batch.parts)
-        head = Head(self.decoder, x, batch.segments)
+        x = run(self.decoder, batch.tokens, batch.positions, batch.add, batch.parts)
+        head = Head(self.decoder, x, batch.adapters)
         if batch.fresh:
             self._first_shift(head, batch)
         uniform = torch.tensor([s.uniform() for s in batch.sequences], dtype=torch.float64, device=device)
@@ -218,7 +225,7 @@ class Sampler:
         request = sequence.request
         if logprob != logprob:
             sequence.stop_reason = "failed"
-            self._fail(request, FloatingPointError("the model's logits are not finite: the adapter has diverged"))
+            self._fail(request, FloatingPointError(DIVERGED))
             return
         sequence.slot.tokens.append(sequence.tokens[-1])
         sequence.tokens.append(token)
@@ -248,7 +255,7 @@ class Sampler:
             list(sequences),
             tensor([s.tokens[-1] for s in sequences]),
             tensor(positions),
-            self._segments([(s.request.weights, 1) for s in sequences]),
+            self._stacks.rows_of(_counted((s.request.weights, 1) for s in sequences), device),
             parts,
             Choice.of([s.request.params for s in sequences], device),
             tensor([s.shift or 0.0 for s in sequences]),
@@ -264,14 +271,13 @@ class Sampler:
 
     def _segments(self, owners: Sequence[tuple[Weights, int]]) -> list[Segment]:
         """Segments of rows given with their owners, which are sorted by rank and key."""
-        counts: dict[tuple[int, int], tuple[Weights, int]] = {}
-        for weights, rows in owners:
-            counts[weights.key] = (weights, counts.get(weights.key, (weights, 0))[1] + rows)
+        counts = _counted(owners)
+        rows_of = {weights.key: rows for weights, rows in counts}
         segments, start = [], 0
-        for members in bins(list(counts.values()), self.decoder.device.type == "cpu"):
+        for members in bins(counts, self.decoder.device.type == "cpu"):
             of_rows, at = [], 0
             for weights in members:
-                rows = counts[weights.key][1]
+                rows = rows_of[weights.key]
                 of_rows.append((weights, at, at + rows))
                 at += rows
             segments.append(make_segment(start, start + at, members, of_rows, self.copies, with_grad=False))
@@ -286,11 +292,23 @@ class Batch:
     sequences: list[Continuation]
     tokens: torch.Tensor  # [n] the next inputs
     positions: torch.Tensor
-    segments: list[Segment]
+    adapters: list[StackedRows]
     parts: list[Decode]
     choice: Choice
     shift: torch.Tensor  # [n] fp32
     fresh: list[int]  # rows without a shift
+
+    def add(self, x: torch.Tensor, y: torch.Tensor, site: str) -> None:
+        for adapters in self.adapters:
+            adapters.add(x, y, site)
+
+
+def _counted(owners: Iterable[tuple[Weights, int]]) -> list[tuple[Weights, int]]:
+    """Each adapter once, with its rows, in the order of first appearance."""
+    counts: dict[tuple[int, int], tuple[Weights, int]] = {}
+    for weights, rows in owners:
+        counts[weights.key] = (weights, counts.get(weights.key, (weights, 0))[1] + rows)
+    return list(counts.values())
 
 
 def _adapter_order(continuation: Continuation) -> tuple[int, tuple[int, int]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,6 @@ import torch.nn.functional as F
 from core.datum import SamplingParams
 from core.decoder import Decoder
 from core.fused import normalise, rms
-from core.head import UNEMBED
-from core.lora import Segment
 
 
 @dataclass
@@ -49,19 +48,20 @@ class Choice:
         )
 
 
-class Head:
-    """The unembedding of n rows, with the adapters of its segments."""
+class UnembedAdapters(Protocol):
+    def unembed(self, h: torch.Tensor) -> tuple[slice, torch.Tensor, torch.Tensor] | None:
+        """(rows, scaled h A^T [n, R], B [V, R]) of the rows it serves; None: they have no adapter there."""
+        ...
 
-    def __init__(self, decoder: Decoder, x: torch.Tensor, segments: Sequence[Segment]) -> None:
+
+class Head:
+    """The unembedding of n rows, with their adapters."""
+
+    def __init__(self, decoder: Decoder, x: torch.Tensor, adapters: Sequence[UnembedAdapters]) -> None:
         """x [n, d] fp32, the residual stream after the last layer."""
         self.head, norm = decoder.head, decoder.final_norm
         self.h = normalise(x, rms(x, norm.eps), norm, decoder.dtype)
-        self.adapted: list[tuple[slice, torch.Tensor, torch.Tensor]] = []  # rows, scaled h A^T [n, R], B [V, R]
-        for segment in segments:
-            if (site := segment.geometry.sites.get(UNEMBED)) is not None:
-                rows = slice(segment.start, segment.end)
-                u = segment.scale_(self.h[rows] @ segment.a(site, segment.factors))
-                self.adapted.append((rows, u, segment.factors[site.b[0]]))
+        self.adapted = [adapted for one in adapters if (adapted := one.unembed(self.h)) is not None]
 
     def logits(self, shift: torch.Tensor) -> torch.Tensor:
         """Logits minus shift [n] as [V, n] in the compute dtype, rounded once after the subtraction."""
@@ -147,13 +147,12 @@ def _narrow(logits: torch.Tensor, params: SamplingParams, uniform: float) -> int
     return int(tokens[place]) if weights[place] > 0 else int(tokens[0])
 
 
-def top_logprobs(decoder: Decoder, x: torch.Tensor, segment: Segment, count: int) -> list[list[tuple[int, float]]]:
-    """The likeliest tokens (T = 1) after each of n rows x [n, d], all of one segment."""
+def top_logprobs(decoder: Decoder, x: torch.Tensor, adapters: UnembedAdapters, count: int) -> list[list[tuple[int, float]]]:
+    """The likeliest tokens (T = 1) after each of n rows x [n, d], all served by `adapters`."""
     found: list[list[tuple[int, float]]] = []
     for start in range(0, len(x), 128):
         part = x[start : start + 128]
-        here = Segment(0, len(part), segment.geometry, segment.factors, segment.scale, None)
-        head = Head(decoder, part, [here])
+        head = Head(decoder, part, [adapters])
         shift = head.logits(torch.zeros(len(part), device=x.device)).amax(0).float()
         logprobs = torch.log_softmax(head.logits(shift).T.float(), dim=1)
         values, tokens = torch.topk(logprobs, min(count, logprobs.shape[1]))

@@ -54,7 +54,7 @@ def test_sixteen_replies_to_one_prompt_take_its_rows_once() -> None:
     prompt, rng = list(range(100)), random.Random(0)
     group = items([112] * 16)
     tokens = [torch.tensor(prompt + [rng.randrange(100) for _ in range(12)]) for _ in group]
-    group = [type(item)(0, i, item.adapter, t, item.targets, None) for i, (item, t) in enumerate(zip(group, tokens, strict=True))]
+    group = [type(a)(0, i, a.adapter, t, a.targets, None) for i, (a, t) in enumerate(zip(group, tokens, strict=True))]
     assert [len(batch) for batch in cut(group, 512)] == [16]
 
 

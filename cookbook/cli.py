@@ -24,11 +24,15 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at training data before training on it.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+envs_app = typer.Typer(help="List environments, play them, check them.", invoke_without_command=True)
+app.add_typer(envs_app, name="envs")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="As in steps=100.", metavar="[KEY=VALUE]...")]
 Cfg = Annotated[Literal["job"] | None, typer.Option("--cfg", help="Print the composed configuration and stop.")]
-ConfigDir = Annotated[Path | None, typer.Option("--config-dir", help="Your own model/, data/, experiment/ files.")]
+ConfigDir = Annotated[Path | None, typer.Option("--config-dir", help="Your own model/, env/, data/, experiment/ files.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Read data, show an example, estimate memory and time.")]
+EnvName = Annotated[str, typer.Argument(help="One of those that `cook envs` lists.", metavar="NAME")]
+EnvKeys = Annotated[list[str] | None, typer.Argument(help="Of the env, as in digits=3.", metavar="[KEY=VALUE]...")]
 RunArg = Annotated[str, typer.Argument(help="A run directory, or its name under runs/.", metavar="RUN")]
 
 
@@ -55,6 +59,16 @@ def sft(
     from cookbook.compose import compose
 
     return _start(compose("sft", overrides or [], config_dir=config_dir), cfg, dry_run)
+
+
+@app.command()
+def rl(
+    overrides: Overrides = None, cfg: Cfg = None, config_dir: ConfigDir = None, dry_run: DryRun = False
+) -> int | None:
+    """Learn from rewards: cook rl env=gsm8k, or cook rl data=prompts.jsonl reward=my.py:score"""
+    from cookbook.compose import compose
+
+    return _start(compose("rl", overrides or [], config_dir=config_dir), cfg, dry_run)
 
 
 @app.command()
@@ -109,6 +123,43 @@ def data_show(
     from cookbook.data_cli import show
 
     show(compose("sft", _data_words(overrides), config_dir=config_dir).config, rows, _console())
+
+
+@envs_app.callback()
+def envs(context: typer.Context) -> None:
+    """List environments, play them, check them."""
+    if context.invoked_subcommand is None:
+        from cookbook.envs_cli import print_envs
+
+        print_envs(_console())
+
+
+@envs_app.command("play")
+def envs_play(
+    name: EnvName,
+    overrides: EnvKeys = None,
+    seed: Annotated[int, typer.Option("--seed", help="Which problem.")] = 0,
+    split: Annotated[Literal["train", "eval"], typer.Option("--split", help="train or eval")] = "train",
+    config_dir: ConfigDir = None,
+) -> None:
+    """Be the policy: what you type is the reply; /call TOOL {"x": 1} calls a tool; Ctrl-D leaves."""
+    from cookbook.envs_cli import env_section, play
+
+    play(env_section(name, overrides or [], config_dir), seed, split, _console())
+
+
+@envs_app.command("check")
+def envs_check(
+    name: EnvName,
+    overrides: EnvKeys = None,
+    problems: Annotated[int, typer.Option("--problems", "-n", help="How many problems of each split.", min=1)] = 20,
+    seed: Annotated[int, typer.Option("--seed", help="Of the problems.")] = 0,
+    config_dir: ConfigDir = None,
+) -> int:
+    """Verify that solutions score 1, junk scores low, a seed repeats itself, and eval is not in train."""
+    from cookbook.envs_cli import check, env_section
+
+    return check(env_section(name, overrides or [], config_dir), problems, seed, _console())
 
 
 @app.command()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cookbook.compose import DEFAULT_RECIPE, load_recipe, recipe_files
-from cookbook.keys import declared, group_files, groups, is_mapping, is_text, sections
+from cookbook.compose import DEFAULT_RECIPE, load_recipe, recipe_files, typed_config
+from cookbook.environments import env_module
+from cookbook.keys import declared, group_options, groups, is_mapping, is_text, sections
 from cookbook.launch import MAY_CHANGE, RUNS, run_directories
+from envs import MODULES
 
 # Bash breaks words at = and :, so its answers are what stands after the last of them.
 # No shell gets a space after `steps=`, `lora.` and `dir/`.
@@ -82,14 +84,26 @@ def _arguments(command: str, before: list[str], word: str) -> Iterator[str]:
     elif command == "resume":
         yield from (key for key in _keys(load_recipe("sft/chat").Config, word) if MAY_CHANGE.match(key.rstrip("=")))
     elif command == "run":
-        yield from _keys(load_recipe(before[0]).Config, word)
-    elif command in ("sft", "rerun", "data check", "data show"):
-        kind = "sft"
+        yield from _keys(typed_config(before[0], before[1:]), word)
+    elif command in ("envs play", "envs check"):
+        yield from _env_arguments(before, word)
+    elif command in ("sft", "rl", "rerun", "data check", "data show"):
+        kind = command if command in DEFAULT_RECIPE else "sft"
         recipe = next((w.removeprefix("recipe=") for w in before if w.startswith("recipe=")), DEFAULT_RECIPE[kind])
         yield from (f"recipe={name}" for name in recipe_files(kind) if word.startswith("r"))
-        yield from _keys(load_recipe(f"{kind}/{recipe}").Config, word)
+        yield from _keys(typed_config(f"{kind}/{recipe}", before), word)
         if command.startswith("data") and not before and "=" not in word:
             yield from _paths(word)
+
+
+def _env_arguments(before: list[str], word: str) -> Iterator[str]:
+    """A name, then the keys of that env, as `cook envs check` takes them: without `env.`."""
+    if not before:
+        yield from MODULES
+        return
+    keys = declared(env_module(before[0]).Config)
+    yield from (f"{name}." if is_mapping(keys[name]) else f"{name}=" for name in keys)
+    yield from _values(keys, word)
 
 
 def _keys(config_type: type, word: str) -> Iterator[str]:
@@ -102,10 +116,19 @@ def _keys(config_type: type, word: str) -> Iterator[str]:
         leaves = [name for name in keys if "." in word or "." not in name]
         yield from (f"{name}." if is_mapping(keys[name]) else f"{name}=" for name in leaves)
     elif key in groups(config_type):
-        yield from (f"{key}={option}" for option in group_files(key))
-    elif is_text(keys.get(key)):
+        yield from (f"{key}={option}" for option in group_options(key, config_type))
+        if key == "data":
+            yield from (f"data={path}" for path in _paths(value))
+    else:
+        yield from _values(keys, word)
+
+
+def _values(keys: Mapping[str, object], word: str) -> Iterator[str]:
+    """After the = of a key: paths for a text, true and false."""
+    key, equals, value = word.partition("=")
+    if equals and is_text(keys.get(key)):
         yield from (f"{key}={path}" for path in _paths(value))
-    elif "bool" in str(keys.get(key)):
+    elif equals and "bool" in str(keys.get(key)):
         yield from (f"{key}=true", f"{key}=false")
 
 

@@ -1,7 +1,8 @@
-"""Configuration of a run: a recipe's Config < conf/model, conf/data < conf/experiment < the command line.
+"""Configuration of a run: a recipe's Config < conf/model, conf/env, conf/data < conf/experiment < the command line.
 
 The one module that touches Hydra (its loader; not its app, argparse, cwd or logging). What comes out is a plain
-dataclass; every mistake is a UsageError of one line.
+dataclass; every mistake is a UsageError of one line. A Config with an env section is composed twice: to learn env.name,
+then with the keys of that env.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -27,8 +28,24 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cookbook import TREE
+from cookbook.config import PromptsConfig
+from cookbook.environments import as_recipe_config, env_paths, with_env_keys
 from cookbook.errors import UsageError
-from cookbook.keys import CONF, declared, did_you_mean, group_files, groups, is_mapping, is_text, sections, type_name
+from cookbook.keys import (
+    CONF,
+    declared,
+    did_you_mean,
+    group_files,
+    group_options,
+    groups,
+    is_mapping,
+    is_text,
+    root_keys,
+    sections,
+    type_name,
+)
+from cookbook.overrides import Entry, checked_entry, key_of, one_line, spelt_out
+from cookbook.rows import ENDINGS
 
 DEFAULT_RECIPE = {"sft": "chat", "rl": "reinforce", "dpo": "pairs"}  # recipes/<kind>/<this>.py
 SCHEMA, SAVED, PRIMARY = "cook_schema", "cook_saved", "cook_primary"  # names of our nodes in Hydra's ConfigStore
@@ -47,7 +64,7 @@ class Composed:
 
 def compose(kind: str, overrides: list[str], recipe: str | None = None, config_dir: Path | None = None) -> Composed:
     """Compose conf/<kind>.yaml over the Config of recipes/<kind>/<recipe>.py; `recipe=<file>` may be an override."""
-    rest = [override for override in overrides if not override.startswith("recipe=")]
+    rest = [override for override in spelt_out(overrides) if not override.startswith("recipe=")]
     named = [override.removeprefix("recipe=") for override in overrides if override.startswith("recipe=")]
     file = (named or [recipe or DEFAULT_RECIPE[kind]])[-1]
     name = f"{kind}/{file}"
@@ -57,16 +74,32 @@ def compose(kind: str, overrides: list[str], recipe: str | None = None, config_d
 def compose_file(path: Path, overrides: list[str], config_dir: Path | None = None) -> Composed:
     """Compose the Config of somebody's own recipe file; model=, data= and the like work for the sections it has."""
     name = str(path.absolute())
-    return _compose(name, load_recipe(name), overrides, overrides, config_dir)
+    return _compose(name, load_recipe(name), overrides, spelt_out(overrides), config_dir)
 
 
 def recompose(
     recipe: str, saved: Mapping[str, object], overrides: list[str], config_dir: Path | None = None
 ) -> Composed:
     """Compose over the values of a run's config.yaml; a newly chosen group (model=...) replaces its whole section."""
-    chosen = {override.lstrip("+").split("=", 1)[0] for override in overrides}
-    kept = {key: value for key, value in saved.items() if key not in chosen or not isinstance(value, Mapping)}
-    return _compose(recipe, load_recipe(recipe), overrides, overrides, config_dir, saved=kept)
+    rest, module = spelt_out(overrides), load_recipe(recipe)
+    chosen = {key_of(override) for override in rest}
+    replaced = {key for key in chosen if isinstance(saved.get(key), Mapping)}
+    if _prompts_replace_env(module.Config) and chosen & CHOOSE_PROMPTS:
+        replaced.add("env")
+    elif _prompts_replace_env(module.Config) and "env" in chosen:
+        replaced |= {"data", "reward", "rewards", "judge"}
+    kept = {key: value for key, value in saved.items() if key not in replaced}
+    return _compose(recipe, module, overrides, rest, config_dir, saved=kept)
+
+
+def typed_config(recipe: str, overrides: list[str]) -> type:
+    """The Config of a recipe ("rl/reinforce", or a file) with the keys of the env chosen so far, for completion."""
+    config_type = load_recipe(recipe).Config
+    primary = PRIMARY if recipe.endswith(".py") else recipe.split("/")[0]
+    try:
+        return _with_env_keys(config_type, _prompts_or_env(config_type, spelt_out(overrides)), None, primary, None)
+    except UsageError:  # half-typed
+        return config_type
 
 
 def load_recipe(recipe: str) -> ModuleType:
@@ -129,28 +162,75 @@ def _compose(
     """One composition. Without a primary file in conf, a node takes its place: every group optional, over `saved`."""
     if config_dir is not None and not config_dir.is_dir():
         raise UsageError(f"--config-dir {config_dir}: no such directory")
-    schema = _schema(module.Config)
-    checked = [_checked(override, module.Config, schema, config_dir) for override in rest]
+    rest = _prompts_or_env(module.Config, rest)
+    config_type = _with_env_keys(module.Config, rest, config_dir, primary, saved)
+    cfg = _loaded(config_type, rest, config_dir, primary, saved)
+    chosen = {group: cfg.hydra.runtime.choices.get(group) for group in groups(config_type, config_dir)}
+    del cfg["hydra"]
+    try:
+        config = as_recipe_config(module.Config, OmegaConf.to_object(cfg))
+    except OmegaConfBaseException as error:
+        raise UsageError(one_line(error)) from error
+    return Composed(config, to_yaml(config), overrides, recipe, chosen)
+
+
+def _loaded(
+    config_type: type, overrides: list[str], config_dir: Path | None, primary: str, saved: Mapping[str, object] | None
+) -> DictConfig:
+    schema = _schema(config_type)
+    checked = [_checked(override, config_type, schema, config_dir) for override in overrides]
+    choosable = groups(config_type, config_dir)
     store = ConfigStore.instance()
     store.store(SCHEMA, schema)
     if primary == PRIMARY:
         store.store(SAVED, dict(saved or {}))
-        choices = [{f"optional {group}": None} for group in groups(module.Config, config_dir)]
-        store.store(PRIMARY, {"defaults": [SCHEMA, SAVED, *choices, "_self_"]})
-    cfg = _load(primary, checked, config_dir, list(declared(module.Config)))
-    chosen = {group: cfg.hydra.runtime.choices.get(group) for group in groups(module.Config, config_dir)}
-    del cfg["hydra"]
-    try:
-        return Composed(OmegaConf.to_object(cfg), OmegaConf.to_yaml(cfg, resolve=True), overrides, recipe, chosen)
-    except OmegaConfBaseException as error:
-        raise UsageError(_one_line(error)) from error
+        store.store(PRIMARY, {"defaults": [SCHEMA, SAVED, *({f"optional {group}": None} for group in choosable), "_self_"]})
+    cfg = _load(primary, [word for word in checked if isinstance(word, str)], config_dir, list(declared(config_type)))
+    for entry in checked:
+        if isinstance(entry, Entry):
+            entry.put(cfg)
+    return cfg
+
+
+def _with_env_keys(
+    config_type: type, overrides: list[str], config_dir: Path | None, primary: str, saved: Mapping[str, object] | None
+) -> type:
+    """The Config with the keys of its envs, their names learnt by composing what chooses them."""
+    paths = env_paths(config_type)
+    if not paths:
+        return config_type
+    choosing = {*groups(config_type, config_dir), *paths, *(f"{path}.name" for path in paths), *CHOOSE_PROMPTS}
+    cfg = _loaded(config_type, [word for word in overrides if key_of(word) in choosing], config_dir, primary, saved)
+    names = {path: OmegaConf.select(cfg, f"{path}.name") for path in paths}
+    if _prompts_replace_env(config_type) and (cfg.data.name or cfg.data.path):
+        names["env"] = None
+    return with_env_keys(config_type, names)
+
+
+CHOOSE_PROMPTS = {"data", "data.name", "data.path"}
+
+
+def _prompts_replace_env(config_type: type) -> bool:
+    hints = get_type_hints(config_type)
+    return hints.get("data") is PromptsConfig and is_mapping(hints.get("env"))
+
+
+def _prompts_or_env(config_type: type, overrides: list[str]) -> list[str]:
+    """Prompts of one's own take the place of the env that the primary file chooses."""
+    prompts = [word for word in overrides if key_of(word) in CHOOSE_PROMPTS and not word.endswith("=null")]
+    envs = [word for word in overrides if key_of(word).split(".")[0] == "env"]
+    if not prompts or not _prompts_replace_env(config_type):
+        return overrides
+    if chosen := [word for word in envs if word not in ("env=null", "~env")]:
+        raise UsageError(f"{chosen[0]} and {prompts[0]}: a run learns from an env or from prompts of your own; give one")
+    return overrides if envs else [*overrides, "env=null"]
 
 
 def _schema(config_type: type) -> DictConfig:
     try:
         return OmegaConf.structured(config_type)
     except OmegaConfBaseException as error:
-        raise UsageError(f"Config of {config_type.__module__} is no valid schema: {_one_line(error)}") from error
+        raise UsageError(f"Config of {config_type.__module__} is no valid schema: {one_line(error)}") from error
 
 
 def _load(primary: str, overrides: list[str], config_dir: Path | None, keys: list[str]) -> DictConfig:
@@ -163,13 +243,13 @@ def _load(primary: str, overrides: list[str], config_dir: Path | None, keys: lis
         OmegaConf.set_struct(cfg, False)
         return cfg
     except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(_one_line(error) + _key_hint(error, keys)) from error
+        raise UsageError(one_line(error) + _key_hint(error, keys)) from error
 
 
 # What was typed is checked before Hydra sees it: its own messages depend on its version and say little to a person.
 
 
-def _checked(override: str, config_type: type, schema: DictConfig, config_dir: Path | None) -> str:
+def _checked(override: str, config_type: type, schema: DictConfig, config_dir: Path | None) -> str | Entry:
     """The override as Hydra is to read it; UsageError for an unknown key, group option or a value of the wrong type."""
     prefix = override[: len(override) - len(override.lstrip("+~"))]
     key, equals, value = override[len(prefix) :].partition("=")
@@ -177,16 +257,15 @@ def _checked(override: str, config_type: type, schema: DictConfig, config_dir: P
     if not equals and not prefix.startswith("~"):
         raise UsageError(_bare_word(override, [*keys, *choosable], choosable, config_dir))
     if key in choosable and not value.startswith("{"):
-        return _checked_choice(prefix, key, value, config_dir)
-    mapping = next((name for name in keys if is_mapping(keys[name]) and key.startswith(f"{name}.")), None)
+        return _checked_choice(prefix, key, value, config_type, config_dir)
+    mapping = next((name for name in keys if is_mapping(keys[name]) and f"{key}.".startswith(f"{name}.")), None)
     if prefix.startswith("~"):
-        if mapping is None:
+        if mapping is None or mapping == key:
             raise UsageError(f"{override}: only entries of a mapping can be taken out; to unset a key write {key}=null")
-        return override
+        return Entry(mapping, None, key.removeprefix(f"{mapping}."))
     if mapping is not None:
-        entry = key.removeprefix(f"{mapping}.")  # may hold dots itself: data.sources.my.jsonl=0.5
-        key, value = mapping, f"{{{entry}: {value}}}"
-    elif key not in keys and not (key in sections(config_type) and value.startswith("{")):
+        return checked_entry(override, mapping, key.removeprefix(mapping).removeprefix("."), value, keys[mapping], schema)
+    if key not in keys and not (key in sections(config_type) and value.startswith("{")):
         raise UsageError(_unknown_key(key, value, config_type, choosable))
     return _checked_value(override, key, value, keys.get(key), schema)
 
@@ -204,10 +283,10 @@ def _checked_value(override: str, key: str, value: str, hint: object, schema: Di
     try:
         OmegaConf.update(schema.copy(), key, parsed.value(), merge=True)
     except OmegaConfBaseException as error:
-        if hint is None or is_mapping(hint):
-            raise UsageError(f"{override}: {_one_line(error)}") from error
+        if hint is None:
+            raise UsageError(f"{override}: {one_line(error)}") from error
         raise UsageError(f"{override}: expected {type_name(hint)}, got {value}") from error
-    return f"++{key}={value}" if is_mapping(hint) else f"{key}={value}"
+    return f"{key}={value}"
 
 
 def _parse(override: str) -> Override | None:
@@ -217,19 +296,22 @@ def _parse(override: str) -> Override | None:
         return None
 
 
-def _checked_choice(prefix: str, group: str, option: str, config_dir: Path | None) -> str:
-    options = list(group_files(group, config_dir))
-    if prefix.startswith("~"):
+def _checked_choice(prefix: str, group: str, option: str, config_type: type, config_dir: Path | None) -> str:
+    options = list(group_options(group, config_type, config_dir))
+    if prefix.startswith("~") or option == "null":
         return f"~{group}"
-    if option in options or option == "null":
+    if option in options:
         return f"{group}={option}"
-    instead = ""
-    if group == "model":
-        instead = f"; a hub id or a directory: model.name={option}"
-    elif group == "data" and ("/" in option or "." in option):
-        instead = f"; a local file: data=file data.path={option}"
-    meant = did_you_mean(option, options)
-    raise UsageError(f"{group}={option}: no such {group}{meant}; there are {', '.join(options)}{instead}")
+    there = f"there are {', '.join(options)}"
+    if path := group_files(group, config_dir).get(option):
+        foreign = ", ".join(sorted(root_keys(path) - set(get_type_hints(config_type))))
+        raise UsageError(f"{group}={option} is for another recipe: this one has no {foreign}; {there}")
+    if group == "data" and ("/" in option or "." in option):
+        near = [str(path) for path in Path(option).parent.glob("*") if path.is_file()]
+        hub = f"; a hub set: data.path={option}" if option.count("/") == 1 and not option.endswith(ENDINGS) else ""
+        raise UsageError(f"data={option}: no such file{did_you_mean(option, near)}{hub}; {there}")
+    instead = f"; a hub id or a directory: model.name={option}" if group == "model" else ""
+    raise UsageError(f"{group}={option}: no such {group}{did_you_mean(option, options)}; {there}{instead}")
 
 
 def _bare_word(word: str, known: list[str], choosable: list[str], config_dir: Path | None) -> str:
@@ -247,14 +329,6 @@ def _unknown_key(key: str, value: str, config_type: type, choosable: list[str]) 
         inside = [name for name in keys if name.startswith(f"{key}.")]
         return f"{key}={value}: {key} is a group of keys; set one of {', '.join(inside)}"
     return f"unknown key {key}{did_you_mean(key, [*keys, *choosable])}; all keys: --cfg job"
-
-
-def _one_line(error: BaseException) -> str:
-    """The sentences of an error of Hydra or OmegaConf and of its cause, without their indented details."""
-    texts = [str(error), *([str(error.__cause__)] if error.__cause__ else [])]
-    lines = [line.strip() for text in texts for line in text.splitlines()]
-    details = ("full_key:", "object_type=", "reference_type=", "Search path:", "provider=", "See ")
-    return " ".join(line for line in lines if line and not line.startswith(details))
 
 
 def _key_hint(error: BaseException, keys: list[str]) -> str:

@@ -40,6 +40,35 @@ class DataConfig:
 
 
 @dataclass
+class PromptsConfig:
+    """Prompts of one's own for RL, in place of an env. Columns: prompt (text or messages), others go to the rewards."""
+
+    name: str | None = None  # null: an env asks; else `file`, `mixture`, or a label for the hub set in `path`
+    path: str | None = None  # local file (json, jsonl, parquet, csv; with name=file) or hub data set
+    config: str | None = None  # hub configuration (subset)
+    split: str = "train"
+    columns: dict[str, str] = field(default_factory=dict)  # standard name -> name in the file
+    limit: int | None = None  # use the first N rows
+    eval_rows: int = 100  # held out from the end of the (seed-)shuffled rows, at most a fifth
+    max_bad: float = 0.05  # share of unreadable rows above which the run refuses to start
+    sources: dict[str, float] = field(default_factory=dict)  # name=mixture: preset or file path -> weight
+
+
+@dataclass
+class JudgeConfig:
+    """The reward called `judge`: a language model behind an OpenAI-compatible API says how good a reply is."""
+
+    url: str | None = None  # such as http://localhost:8000/v1; null: nothing is sent anywhere
+    model: str | None = None  # what that server calls it
+    prompt: str | None = None  # text or file with {prompt}, {reply} and {<column>} in it; null: a plain one
+    api_key_env: str | None = None  # the environment variable that holds the key
+    max_tokens: int = 512  # of its answer
+    timeout: float = 60.0  # seconds for one answer
+    retries: int = 3  # after a failed connection, a time-out, 429 or 5xx
+    in_flight: int = 16  # questions asked at the same time
+
+
+@dataclass
 class OptimConfig:
     schedule: str = "linear"  # constant | linear | cosine, after the warm-up
     warmup_steps: int = 5

@@ -43,7 +43,26 @@ def group_files(group: str, config_dir: Path | None = None) -> dict[str, Path]:
 
 def groups(config_type: type, config_dir: Path | None = None) -> list[str]:
     """What `group=option` may choose for this Config: its sections that have files in conf, and `experiment`."""
-    return [name for name in [*sections(config_type), "experiment"] if group_files(name, config_dir)]
+    hints = typing.get_type_hints(config_type)
+    envs = ["env"] if is_mapping(hints.get("env")) else []  # before its keys are known
+    return [name for name in [*sections(config_type), *envs, "experiment"] if group_files(name, config_dir)]
+
+
+def group_options(group: str, config_type: type, config_dir: Path | None = None) -> dict[str, Path]:
+    """The files of a group, but those that set root keys of another recipe: batch_size is none of `cook rl`."""
+    known = {field.name for field in dataclasses.fields(config_type)}
+    return {name: path for name, path in group_files(group, config_dir).items() if not root_keys(path) - known}
+
+
+def root_keys(path: Path) -> set[str]:
+    """The keys that a conf file sets beside its own section."""
+    text = path.read_text(encoding="utf-8")
+    if "@package _global_" not in text:
+        return set()
+    import yaml
+
+    values = yaml.safe_load(text)
+    return {key for key in values if key != "defaults"} if isinstance(values, dict) else set()
 
 
 def is_text(hint: object) -> bool:

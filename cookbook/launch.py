@@ -89,7 +89,9 @@ def _name(composed: Composed) -> str:
         recipe = Path(composed.recipe).stem
     else:
         recipe = kind if file == DEFAULT_RECIPE[kind] else f"{kind}-{file}"
-    parts = [recipe, _label(composed, "model", ("name",)), _label(composed, "data", ("path", "name"))]
+    env = getattr(composed.config, "env", None)
+    asks = env.get("name") if isinstance(env, dict) else None
+    parts = [recipe, _label(composed, "model", ("name",)), asks, _label(composed, "data", ("path", "name"))]
     name = "-".join([*filter(None, parts), time.strftime("%m%d-%H%M%S")])
     taken = {path.name for path in RUNS.glob(f"{name}*")}
     return next(n for n in [name, *(f"{name}-{i}" for i in range(2, 1000))] if n not in taken)
@@ -99,7 +101,7 @@ def _label(composed: Composed, section: str, fields: tuple[str, ...]) -> str:
     """The chosen file of the group, or what stands in the section when it was spelt out (model.name=..., data=file)."""
     choice = composed.choices.get(section)
     spelt_out = any(override.startswith(f"{section}.{field}=") for override in composed.overrides for field in fields)
-    if choice and not spelt_out:
+    if choice and choice != "file" and not spelt_out:
         return choice
     values = [getattr(getattr(composed.config, section, None), field, None) for field in fields]
     value = next((value for value in values if value), "")
@@ -108,13 +110,34 @@ def _label(composed: Composed, section: str, fields: tuple[str, ...]) -> str:
 
 def _make_absolute(config: Any) -> None:
     """Files named relative to here are still found when the run is resumed from elsewhere."""
-    model, data = getattr(config, "model", None), getattr(config, "data", None)  # somebody's own Config may lack them
-    for section, field in [(config, "init_from"), (model, "name"), (model, "chat_template"), (data, "path")]:
+    model, data, judge = (getattr(config, name, None) for name in ("model", "data", "judge"))  # somebody's own may lack them
+    files = [(config, "init_from"), (model, "name"), (model, "chat_template"), (data, "path"), (judge, "prompt")]
+    for section, field in files:
         value = getattr(section, field, None)
-        if value and Path(value).exists():
+        if value and _is_path(value):
             setattr(section, field, str(Path(value).absolute()))
-    if data is not None and getattr(data, "sources", None):
-        data.sources = {str(Path(s).absolute()) if Path(s).is_file() else s: w for s, w in data.sources.items()}
+    for section, field in [(data, "sources"), (config, "rewards")]:
+        if entries := getattr(section, field, None):
+            setattr(section, field, {_absolute(name): weight for name, weight in entries.items()})
+    if getattr(config, "reward", None):
+        config.reward = _absolute(config.reward)
+    env = getattr(config, "env", None)
+    if isinstance(env, dict):
+        config.env = {k: _absolute(v) if k != "name" and isinstance(v, str) else v for k, v in env.items()}
+
+
+def _absolute(text: str) -> str:
+    """my.jsonl, or the file of my.py:score, from the root; any other text as it is."""
+    file, colon, name = text.partition(".py:")
+    path = Path(file + ".py") if colon else Path(text)
+    return str(path.absolute()) + (f":{name}" if colon else "") if text and _is_path(str(path), file=True) else text
+
+
+def _is_path(text: str, file: bool = False) -> bool:
+    try:
+        return Path(text).is_file() if file else Path(text).exists()
+    except (OSError, ValueError):  # a text too long for a name
+        return False
 
 
 def _find(run: str) -> Path:

@@ -6,11 +6,12 @@ submission, and the forward_backward requests at the heads of different clients'
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from core.machine import (
@@ -62,6 +63,7 @@ class Engine:
         self.sampler = Sampler(self.decoder, self.copies, options.kv_tokens or default_kv_tokens(self.decoder))
         self.train_share = options.train_share
         self._arrivals: deque[SampleRequest] = deque()
+        self._holds = 0  # while above 0, arrivals wait
         self._geometries: dict[tuple[bool, bool, bool], Geometry] = {}
         self._tenants: list[Tenant] = []
         self._wake = threading.Condition()
@@ -111,6 +113,18 @@ class Engine:
             self._arrivals.append(request)
             self._wake.notify()
 
+    @contextlib.contextmanager
+    def hold_arrivals(self) -> Iterator[None]:
+        """What is submitted meanwhile, by anyone, begins when this ends."""
+        with self._wake:
+            self._holds += 1
+        try:
+            yield
+        finally:
+            with self._wake:
+                self._holds -= 1
+                self._wake.notify()
+
     def stop(self) -> None:
         """End the thread once its queues are empty."""
         with self._wake:
@@ -137,7 +151,7 @@ class Engine:
         No local outlives it: adapters are large.
         """
         with self._wake:
-            while not (any(tenant.queue for tenant in self._tenants) or self._arrivals or self.sampler.busy):
+            while not (any(tenant.queue for tenant in self._tenants) or self._arrived or self.sampler.busy):
                 if self._stopping:
                     return False
                 self._wake.wait()
@@ -157,13 +171,18 @@ class Engine:
         self._sample(seconds=0.0)
         return True
 
+    @property
+    def _arrived(self) -> bool:
+        return bool(self._arrivals) and self._holds == 0
+
     def _sample(self, seconds: float) -> None:
         """Steps of the sampler for about so long, one at least, if it has anything to do."""
         end = time.monotonic() + seconds
         while True:
             with self._wake:
-                arrivals = list(self._arrivals)
-                self._arrivals.clear()
+                arrivals = list(self._arrivals) if self._arrived else []
+                if arrivals:
+                    self._arrivals.clear()
             for request in arrivals:
                 self.sampler.submit(request)
             if not self.sampler.busy:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -61,6 +62,10 @@ class SamplingClient:
         started.add_error_callback(future.set_exception)
         self.engine.submit(self.tenant, Call(begin, started))
         return future
+
+    def together(self) -> AbstractContextManager[None]:
+        """Requests made inside begin at one moment, when it ends: their batches do not depend on how fast they came."""
+        return self.engine.hold_arrivals()
 
     def compute_logprobs(self, prompt: ModelInput) -> Future[list[float | None]]:
         """The logprob (T = 1) of each prompt token given those before it; None for the first. Equal to the trainer's."""

@@ -19,6 +19,7 @@ RECIPE = '''"""A recipe that trains nothing: it says what it was given."""
 from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from cookbook.config import DataConfig, LogConfig, ModelConfig
 from cookbook.errors import UsageError
 
@@ -30,6 +31,9 @@ class Config:
     steps: int | None = 10
     keep_last: int = 3
     fail: str = ""
+    reward: str | None = None
+    rewards: dict[str, float] = field(default_factory=dict)
+    env: dict[str, Any] = field(default_factory=dict)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -68,6 +72,14 @@ def test_a_run_is_called_after_recipe_model_data_and_time(here: Path) -> None:
     assert names == ["mine-Other-Model-my.jsonl", "mine-qwen3-8b-no_robots"]
 
 
+def test_a_run_of_rl_is_called_after_its_env_too(here: Path) -> None:
+    assert main(["run", "mine.py", "env=guess_number", "env.high=50", "model=qwen3-8b", "data=file"]) == 0
+    assert [path.name.rsplit("-", 2)[0] for path in (here / "runs").iterdir()] == ["mine-qwen3-8b-guess_number-file"]
+    assert main(["rerun", next((here / "runs").iterdir()).name, "env.low=2", "name=b"]) == 0
+    saved = yaml.safe_load((here / "runs/b/config.yaml").read_text())
+    assert saved["env"] == {"name": "guess_number", "low": 2, "high": 50, "max_turns": None}
+
+
 def test_two_runs_of_one_second_get_two_directories(here: Path) -> None:
     assert [main(["run", "mine.py"]) for _ in range(3)] == [0, 0, 0]
     assert len(list((here / "runs").iterdir())) == 3
@@ -86,6 +98,16 @@ def test_config_yaml_holds_the_directory_and_absolute_paths(here: Path) -> None:
     saved = yaml.safe_load((here / "out/a/config.yaml").read_text())
     assert saved["run_dir"] == str(here / "out/a") and saved["name"] == "a"
     assert saved["data"]["path"] == str(here / "my.jsonl")
+
+
+def test_reward_files_and_files_of_an_env_are_saved_from_the_root_too(here: Path) -> None:
+    words = ["reward=mine.py:score", "rewards.mine.py:other=0.5", "rewards.json:dumps=1", "rewards.judge=1"]
+    main(["run", "mine.py", "run_dir=a", *words, "data=mine.py", "env=gsm8k", "env.path=mine.py"])
+    saved = yaml.safe_load((here / "a/config.yaml").read_text())
+    assert saved["reward"] == f"{here}/mine.py:score"
+    assert saved["rewards"] == {f"{here}/mine.py:other": 0.5, "json:dumps": 1.0, "judge": 1.0}
+    assert (saved["data"]["name"], saved["data"]["path"]) == ("file", str(here / "mine.py"))
+    assert (saved["env"]["name"], saved["env"]["path"]) == ("gsm8k", str(here / "mine.py"))
 
 
 def test_a_directory_that_holds_a_run_is_not_written_over(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,6 +180,8 @@ def test_an_interrupt_ends_with_130_and_a_bug_with_its_traceback(here: Path) -> 
         (["sfft"], "error: No such command 'sfft'. Did you mean 'sft'?"),
         (["sft", "--dryrun"], "error: No such option: --dryrun (Possible options: --dry-run)"),
         (["run"], "error: Missing argument 'FILE'."),
+        (["rl", "env.digts=1"], "error: unknown key env.digts (did you mean env.digits?); all keys: --cfg job"),
+        (["rl", "digits=1"], "error: unknown key digits (did you mean env.digits?); all keys: --cfg job"),
         (["sft", "lr=1"], "error: unknown key lr (did you mean learning_rate?); all keys: --cfg job"),
         (
             ["data", "check", "max_lenght=1"],
@@ -183,7 +207,8 @@ def test_models_lists_every_file_of_conf_with_its_hub_id(capsys: pytest.CaptureF
 
 def test_recipes_lists_the_first_sentence_of_each(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
-    assert "cook sft  Supervised fine-tuning" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "cook sft Supervised fine-tuning" in shown and "cook rl REINFORCE" in shown
 
 
 def test_doctor_names_versions_devices_and_what_auto_means(capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,7 +223,7 @@ def in_a_fresh_process(code: str) -> str:
 
 def test_neither_help_nor_composing_imports_torch() -> None:
     heavy = "[m for m in ('torch', 'transformers', 'datasets', 'wandb', 'peft') if m in sys.modules]"
-    for words in (["--help"], ["sft", "--cfg", "job"], ["models"]):
+    for words in (["--help"], ["sft", "--cfg", "job"], ["rl", "--cfg", "job"], ["models"], ["envs"]):
         code = f"import sys; from cookbook.cli import main; main({words}); print('heavy', {heavy})"
         assert in_a_fresh_process(code).splitlines()[-1] == "heavy []", words
 
@@ -220,7 +245,7 @@ def test_help_is_there_in_six_tenths_of_a_second() -> None:
 @pytest.mark.parametrize(
     ("line", "found"),
     [
-        ("cook r", ["run", "resume", "rerun", "recipes"]),
+        ("cook r", ["rl", "run", "resume", "rerun", "recipes"]),
         ("cook data ", ["check", "show"]),
         ("cook sft model=qwen3-1", ["model=qwen3-1.7b", "model=qwen3-14b"]),
         ("cook sft steps=1 lora.tr", ["lora.train_attn=", "lora.train_mlp=", "lora.train_unembed="]),
@@ -230,6 +255,19 @@ def test_help_is_there_in_six_tenths_of_a_second() -> None:
         ("cook sft --d", ["--dry-run"]),
         ("cook sft --cfg ", ["job"]),
         ("cook sft recipe=", ["recipe=chat"]),
+        ("cook rl env=gue", ["env=guess_number"]),
+        ("cook rl env.d", ["env.digits="]),
+        ("cook rl env=guess_number env.h", ["env.high="]),
+        ("cook rl env=no_such_env ste", ["steps="]),
+        ("cook run mine.py env=guess_number env.h", ["env.high="]),
+        ("cook rl experiment=", ["experiment=rl_smoke"]),
+        ("cook sft experiment=", ["experiment=smoke", "experiment=speedrun"]),
+        ("cook rl data=my", []),
+        ("cook rl data=mi", ["data=mixture", "data=mine.py"]),
+        ("cook rl rewa", ["reward=", "rewards."]),
+        ("cook envs ", ["play", "check"]),
+        ("cook envs play gue", ["guess_number"]),
+        ("cook envs check arithmetic d", ["digits="]),
         ("cook completion ", ["bash", "zsh", "fish"]),
         ("cook resume a/b st", ["steps="]),
         ("cook nonsense ", ["sft"]),

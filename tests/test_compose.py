@@ -11,10 +11,11 @@ import pytest
 
 from cookbook.compose import Composed, compose, compose_file, load_recipe, recompose, to_yaml
 from cookbook.errors import UsageError
-from cookbook.keys import declared, group_files, nearest
+from cookbook.keys import declared, group_files, group_options, nearest
+from envs import MODULES, load
 
 ROOT = Path(__file__).parent.parent
-GOLDEN = Path(__file__).parent / "golden" / "sft.txt"
+GOLDEN = Path(__file__).parent / "golden"
 
 RECIPE = '''"""A recipe of somebody's own."""
 from __future__ import annotations
@@ -141,6 +142,122 @@ def test_config_yaml_composes_to_itself(mine: Path) -> None:
     assert recompose(str(mine), yaml.safe_load(composed.yaml), []).yaml == composed.yaml
 
 
+# An env adds its own keys.
+
+
+LEARNER = '''"""A recipe of the shape of `cook rl`."""
+from __future__ import annotations
+from dataclasses import dataclass, field
+from typing import Any
+from cookbook.config import JudgeConfig, ModelConfig, PromptsConfig
+
+@dataclass
+class Evals:
+    every: int = 5
+    env: dict[str, Any] = field(default_factory=dict)
+
+@dataclass
+class Config:
+    name: str | None = None
+    run_dir: str | None = None
+    steps: int | None = None
+    groups_per_batch: int = 64
+    group_size: int = 16
+    max_tokens: int = 512
+    learning_rate: float | None = None
+    eval_every: int = 20
+    save_every: int = 50
+    reward: str | None = None
+    rewards: dict[str, float] = field(default_factory=dict)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    env: dict[str, Any] = field(default_factory=lambda: DEFAULT_ENV)
+    data: PromptsConfig = field(default_factory=PromptsConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    evals: Evals = field(default_factory=lambda: Evals(every=7))
+
+def main(config: Config) -> None:
+    pass
+'''
+
+
+def learner(folder: Path, env: str = "{}") -> Path:
+    (folder / "learner.py").write_text(LEARNER.replace("DEFAULT_ENV", env))
+    return folder / "learner.py"
+
+
+def test_an_env_brings_its_own_keys_with_their_defaults_and_the_recipe_gets_a_mapping(tmp_path: Path) -> None:
+    composed = compose_file(learner(tmp_path), ["env=arithmetic", "env.digits=3"])
+    assert type(composed.config).__name__ == "Config" and composed.choices["env"] == "arithmetic"
+    assert config(composed).env == {"name": "arithmetic", "operations": "+", "digits": 3, "terms": 2}
+    assert config(composed).steps == 15  # the sizes of the demo come with this env and with no other
+    other = config(compose_file(learner(tmp_path), ["env.name=guess_number"]))
+    assert (other.env["name"], other.steps) == ("guess_number", None)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("env.digts=3", "unknown key env.digts (did you mean env.digits?); all keys: --cfg job"),
+        ("digits=3", "unknown key digits (did you mean env.digits?); all keys: --cfg job"),
+        ("+env.typo=1", "unknown key env.typo; all keys: --cfg job"),
+        ("env.digits=many", "env.digits=many: expected int, got many"),
+        ("env={name: arithmetic, digts: 3}", "env={name: arithmetic, digts: 3}: Key 'digts' not in 'env=arithmetic'"),
+        ("evals.env.digits=3", "unknown key evals.env.digits (did you mean env.digits?); all keys: --cfg job"),
+        ("evals.env.name=arithmetik", "evals.env.name=arithmetik: no such env (did you mean arithmetic?); there are "),
+        ("experiment=smoke", "experiment=smoke is for another recipe: this one has no batch_size, lora, max_length; "),
+        ("data=alpaca", "env=arithmetic and data=alpaca: a run learns from an env or from prompts of your own; give one"),
+    ],
+)
+def test_the_keys_of_an_env_are_checked_like_all_others(tmp_path: Path, override: str, message: str) -> None:
+    assert error(learner(tmp_path), "env=arithmetic", override).startswith(message)
+
+
+def test_a_section_inside_another_may_hold_an_env_too(tmp_path: Path) -> None:
+    evals = config(compose_file(learner(tmp_path), ["evals.env.name=arithmetic", "evals.env.digits=2"])).evals
+    assert (type(evals).__name__, evals.every, evals.env["digits"]) == ("Evals", 7, 2)
+    evals = config(compose_file(learner(tmp_path), ["env=arithmetic"])).evals
+    assert (type(evals).__name__, evals.every, evals.env) == ("Evals", 7, {})
+
+
+def test_a_recipe_may_have_an_env_of_its_own_choice(tmp_path: Path) -> None:
+    mine = learner(tmp_path, env='{"name": "arithmetic", "digits": 2}')
+    assert config(compose_file(mine, ["env.terms=3"])).env == {
+        "name": "arithmetic", "operations": "+", "digits": 2, "terms": 3,
+    }  # fmt: skip
+    assert config(compose_file(mine, ["env=guess_number"])).env["name"] == "guess_number"
+
+
+def test_prompts_of_ones_own_take_the_place_of_the_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = learner(tmp_path, env='{"name": "arithmetic", "digits": 2}')
+    (tmp_path / "my.prompts.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    words = ["data=my.prompts.jsonl", "reward=my.py:score", "rewards.my.py:short=0.5", "rewards={judge: 1, a.b:c: 1e-1}"]
+    chosen = config(compose_file(mine, words))
+    assert (chosen.env, chosen.data.name, chosen.data.path) == ({}, "file", "my.prompts.jsonl")
+    assert (chosen.reward, chosen.rewards) == ("my.py:score", {"my.py:short": 0.5, "judge": 1.0, "a.b:c": 0.1})
+    assert config(compose_file(mine, ["data=alpaca"])).data.path == "tatsu-lab/alpaca"
+    assert error(mine, "data=my.prmpts.jsonl").startswith("data=my.prmpts.jsonl: no such file (did you mean my.prompts.jsonl?)")
+
+
+def test_composing_again_keeps_the_env_and_a_new_choice_replaces_what_was_learnt_from(tmp_path: Path) -> None:
+    import yaml
+
+    def again(first: list[str], *then: str) -> SimpleNamespace:
+        saved = yaml.safe_load(compose_file(mine, first).yaml)
+        return config(recompose(str(mine), saved, list(then)))
+
+    mine = learner(tmp_path)
+    assert again(["env=arithmetic", "env.digits=3"], "steps=3").env["digits"] == 3
+    assert again(["env=arithmetic", "env.digits=3"], "env.terms=3").env["digits"] == 3
+    assert again(["env=arithmetic", "env.digits=3"], "env=arithmetic").env["digits"] == 1
+    prompts = ["data=alpaca", "reward=my.py:score", "rewards.judge=1"]
+    now = again(["env=arithmetic"], *prompts)
+    assert (now.env, now.data.name, now.reward) == ({}, "alpaca", "my.py:score")
+    now = again(prompts, "env.name=guess_number")
+    assert (now.env["name"], now.data.name, now.reward, now.rewards) == ("guess_number", None, None, {})
+    assert again(prompts, "data.limit=3", "~rewards.judge").rewards == {}
+
+
 # Errors, word for word.
 
 
@@ -194,8 +311,9 @@ def test_an_unknown_group_option_names_the_others_and_the_way_without_a_file(min
         "a hub id or a directory: model.name=qwen3-9b"
     )
     assert error(mine, "data=my.jsonl") == (
-        f"data=my.jsonl: no such data; there are {data}; a local file: data=file data.path=my.jsonl"
+        f"data=my.jsonl: no such file; there are {data}"
     )
+    assert error(mine, "data=org/name") == f"data=org/name: no such file; a hub set: data.path=org/name; there are {data}"
 
 
 def test_a_users_file_with_an_unknown_key_is_named_with_the_key_meant(mine: Path, tmp_path: Path) -> None:
@@ -234,19 +352,20 @@ def test_did_you_mean_knows_last_parts_initials_and_spelling(word: str, meant: s
 # conf/.
 
 
-def test_every_config_file_composes_to_the_golden_configuration() -> None:
+@pytest.mark.parametrize(("kind", "chosen"), [("sft", ("model", "data", "experiment")), ("rl", ("env", "data", "experiment"))])
+def test_every_config_file_composes_to_the_golden_configuration(kind: str, chosen: tuple[str, ...]) -> None:
     """Regenerate after a wanted change: COOK_GOLDEN=write uv run pytest tests/test_compose.py"""
-    default = compose("sft", []).yaml
-    text = f"$ cook sft --cfg job\n{default}"
-    for group in ("model", "data", "experiment"):
-        for option in group_files(group):
-            lines = difflib.ndiff(default.splitlines(), compose("sft", [f"{group}={option}"]).yaml.splitlines())
+    default = compose(kind, [])
+    text = f"$ cook {kind} --cfg job\n{default.yaml}"
+    for group in chosen:
+        for option in group_options(group, type(default.config)):
+            lines = difflib.ndiff(default.yaml.splitlines(), compose(kind, [f"{group}={option}"]).yaml.splitlines())
             changed = [line for line in lines if line[0] in "+-"]
-            text += "\n".join([f"\n$ cook sft {group}={option} --cfg job", *changed]) + "\n"
+            text += "\n".join([f"\n$ cook {kind} {group}={option} --cfg job", *changed]) + "\n"
+    golden = GOLDEN / f"{kind}.txt"
     if os.environ.get("COOK_GOLDEN") == "write":
-        GOLDEN.parent.mkdir(exist_ok=True)
-        GOLDEN.write_text(text)
-    assert text == GOLDEN.read_text()
+        golden.write_text(text)
+    assert text == golden.read_text()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf").rglob("*.yaml")), ids=lambda path: path.stem)
@@ -255,10 +374,17 @@ def test_every_config_file_begins_with_what_it_is_for(path: Path) -> None:
     assert lines[0].startswith("# ") and "_target_" not in path.read_text()
 
 
-def test_every_key_is_read_somewhere() -> None:
+@pytest.mark.parametrize("recipe", ["sft/chat", "rl/reinforce"])
+def test_every_key_is_read_somewhere(recipe: str) -> None:
     sources = [*(ROOT / "cookbook").glob("*.py"), *(ROOT / "recipes").rglob("*.py"), *(ROOT / "core").glob("*.py")]
     trees = [ast.parse(path.read_text()) for path in sources]
     nodes = (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute))
     read = {node.attr for node in nodes if isinstance(node.ctx, ast.Load)}
-    unread = [key for key in declared(load_recipe("sft/chat").Config) if key.rsplit(".", 1)[-1] not in read]
+    unread = [key for key in declared(load_recipe(recipe).Config) if key.rsplit(".", 1)[-1] not in read]
     assert not unread
+
+
+def test_each_env_has_a_file_of_its_name_and_a_docstring_line_that_fits_a_screen() -> None:
+    assert set(group_files("env")) == set(MODULES)
+    for name in MODULES:
+        assert 0 < len((load(name).__doc__ or "").split("\n")[0]) < 90, name

@@ -1,0 +1,285 @@
+"""What RL recipes share around their loop: the model with its sampler, problems and rollouts, evaluation and the record."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+from cookbook.config import EngineConfig, LoraConfig, ModelConfig, OptimConfig
+from cookbook.environments import Task, problems_of
+from cookbook.errors import UsageError
+from cookbook.keys import did_you_mean
+from cookbook.memory import peak_memory_gb
+from cookbook.renderers import load_renderer
+from cookbook.rollout_log import most_telling, new_errors, side_by_side, write_rollouts
+from cookbook.rollout_metrics import eval_metrics, kind_of, step_metrics
+from cookbook.rollouts import Group, Limits, Rollouts
+from cookbook.run import Run, RunConfig
+from cookbook.schedule import peak_learning_rate
+from cookbook.service import connect, new_trainer, opened
+from core import Datum, ForwardBackwardOutput, ModelInfo, SamplingParams
+from envs.env import Problem
+
+if TYPE_CHECKING:
+    import torch
+
+    from core import ServiceClient, TrainingClient
+
+TRUNCATED = ("keep", "mask", "penalise")
+HOPELESS_STEPS = 3  # in a row without a single rollout that did not fail: nothing will come of the run
+
+
+@dataclass
+class EvalConfig:
+    problems: int = 64  # held-out ones at each evaluation; 0: none
+    samples: int = 1  # attempts at each; from 2 on pass@k is reported too, with correct = pass@1
+    temperature: float = 0.0  # 0: the likeliest token
+
+
+class RLConfig(Task, RunConfig, Protocol):
+    """The keys of a recipe's Config that a Session reads."""
+
+    steps: int
+    groups_per_batch: int
+    group_size: int
+    max_tokens: int
+    temperature: float
+    learning_rate: float | None
+    loss_fn: str
+    loss_fn_config: dict[str, float]
+    kl_penalty: float
+    truncated: str
+    resample_constant: int
+    num_substeps: int
+    init_from: str | None
+    eval_every: int
+    save_every: int
+    save_minutes: float
+    service: str
+    model: ModelConfig
+    lora: LoraConfig
+    optim: OptimConfig
+    engine: EngineConfig
+    limits: Limits
+    eval: EvalConfig
+
+
+def eval_name(config: Task) -> str:
+    """Evaluations are logged as eval/<this>/reward: the env's name, or held_out for prompts of one's own."""
+    return str(config.env["name"]) if config.env else "held_out"
+
+
+class Session:
+    """A run of RL between two updates: `for step in session.steps()`, sample, (the recipe trains,) finish.
+
+    Opens the newest checkpoint of the run, else a new adapter; evaluates before the first step. `sampler` is the policy
+    that `sample` and evaluations use: the recipe replaces it after an update.
+    """
+
+    def __init__(self, run: Run, config: RLConfig) -> None:
+        self.run, self.config = run, config
+        self.loss_fn_config = check_config(config)
+        service = connect(config.service, run.store, config.engine)
+        found = run.resume(lambda row: service.create_training_client_from_state_with_optimizer(run.location(row)).result())
+        loading = None if found else new_trainer(service, config.model, config.lora, config.seed, config.init_from)
+        loop = found[0]["loop"] if found else {}
+        self.done = found[0]["step"] if found else 0
+        self.num_problems, self.num_episodes, self.num_tokens = (loop.get(key, 0) for key in LOOP)
+        self._problems = problems_of(config, "train", skip=self.num_problems, console=run.console)
+        self._held_out: list[Problem] = []
+        if config.eval.problems > 0:
+            self._held_out += itertools.islice(problems_of(config, "eval"), config.eval.problems)
+        renderer = load_renderer(config.model)  # while the model loads
+        self.trainer = found[1] if found else opened(loading)
+        info = self.trainer.get_info()
+        self.reference = self._open_reference(service) if config.kl_penalty else None
+        self.peak_learning_rate = peak_learning_rate(config.learning_rate, config.optim, info, "rl")
+        params = SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature, stop=renderer.stop)
+        self._rollouts = Rollouts(renderer, params, limits_of(config, info))
+        self._eval_rollouts = replace(self._rollouts, params=replace(params, temperature=config.eval.temperature))
+        self.sampler = self.trainer.save_weights_and_get_sampling_client().result()
+        self._known_errors: set[str] = set()
+        self._fruitless = 0  # steps in a row
+        self._stopping = False
+        run.record("engine.token_budget", info.token_budget)
+        self._announce(info)
+        if not found and self._held_out:
+            run.log_eval("before", self._evaluate(0))
+        run.begin(config.steps)
+        self._last_end = self._last_save = time.monotonic()
+
+    def _announce(self, info: ModelInfo) -> None:
+        config = self.config
+        self.run.note(
+            f"{config.steps} steps of {config.groups_per_batch} problems with {config.group_size} attempts each,"
+            f" {config.loss_fn}, learning rate {self.peak_learning_rate:.3g}, {info.dtype} on {info.device}"
+        )
+        if config.temperature != 1:
+            self.run.note(f"temperature={config.temperature:g}: importance ratios compare it with 1, that of the trainer")
+
+    def _open_reference(self, service: ServiceClient) -> TrainingClient:
+        """The policy as it stood at step 0; never stepped, so that a resumed run opens the very same."""
+        config = self.config
+        return opened(new_trainer(service, config.model, replace(config.lora, rank=1), config.seed, config.init_from))
+
+    def steps(self) -> Iterator[int]:
+        """The steps to do, from 0, until the last one or until someone asks to stop."""
+        while self.done < self.config.steps and not self._stopping:
+            yield self.done
+
+    def sample(self, step: int) -> list[Group]:
+        """Attempts at the next `groups_per_batch` problems, and at others for those whose attempts agree, if asked."""
+        started = time.monotonic()
+        groups = self._round(step, self.config.groups_per_batch)
+        for _ in range(self.config.resample_constant):
+            mixed = sum(kind_of(group) == "mixed" for group in groups)
+            if mixed >= self.config.groups_per_batch:
+                break
+            groups += self._round(step, self.config.groups_per_batch - mixed)
+        for line in new_errors(groups, self._known_errors):
+            self.run.note(line)
+        self._stop_if_hopeless(groups)
+        self._sample_seconds, self._sampled_at = time.monotonic() - started, time.monotonic()
+        return groups
+
+    def _round(self, step: int, num_problems: int) -> list[Group]:
+        problems = list(itertools.islice(self._problems, num_problems))
+        if not problems:
+            raise UsageError(f"the training problems end after {self.num_problems}: a stream of them should start over")
+        seed = (self.config.seed, "train", step)
+        groups = self._rollouts.run(problems, self.sampler, self.config.group_size, seed, first=self.num_problems)
+        self.num_problems += len(problems)
+        if self.config.truncated == "penalise":
+            for trajectory in (trajectory for group in groups for trajectory in group.trajectories):
+                trajectory.reward -= float(trajectory.truncated)
+        return groups
+
+    def _stop_if_hopeless(self, groups: Sequence[Group]) -> None:
+        tried = [trajectory for group in groups for trajectory in (*group.trajectories, *group.dropped)]
+        self._fruitless = self._fruitless + 1 if all(trajectory.error for trajectory in tried) else 0
+        if self._fruitless == HOPELESS_STEPS:
+            raise UsageError(f"all rollouts of {HOPELESS_STEPS} steps in a row failed, the last one with {tried[-1].error}")
+
+    def finish(self, groups: Sequence[Group], metrics: Mapping[str, float]) -> None:
+        """Evaluate, log and save what is due after a step; `metrics` are those of the update."""
+        config, run = self.config, self.run
+        self.done += 1
+        trained = time.monotonic() - self._sampled_at
+        final, self._stopping = self.done == config.steps, run.should_stop
+        eval_due = bool(self._held_out) and (final or _every(config.eval_every, self.done))
+        save_due = final or self._stopping or _every(config.save_every, self.done)
+        save_due |= 0 < 60 * config.save_minutes < time.monotonic() - self._last_save
+        num_sampled = sum(len(turn.tokens) for g in groups for t in g.trajectories for turn in t.transitions)
+        self.num_tokens += num_sampled
+        self.num_episodes += sum(len(group.trajectories) for group in groups)
+        if (eval_due or self.done == 1) and (group := most_telling(groups)):
+            run.console.print(side_by_side(group))
+        if eval_due:
+            run.log_eval("after" if final else "during", self._evaluate(self.done))
+            save_due |= run.is_best
+        write_rollouts(run.dir, self.done, groups)
+        seconds, self._last_end = time.monotonic() - self._last_end, time.monotonic()
+        run.log(self.done, {
+            **step_metrics(groups), **metrics,
+            "progress/tokens": self.num_tokens, "progress/episodes": self.num_episodes,
+            "progress/done_frac": self.done / config.steps,
+            "time/step": seconds, "time/sample": self._sample_seconds, "time/train": trained,
+            "perf/sample_tokens_per_second": num_sampled / self._sample_seconds, "perf/peak_memory_gb": peak_memory_gb(),
+        })  # fmt: skip
+        if save_due:
+            uri = self.trainer.save_state(f"{self.done:06d}", overwrite=True).result().path
+            loop: dict[str, object] = dict(zip(LOOP, (self.num_problems, self.num_episodes, self.num_tokens), strict=True))
+            run.checkpoint(self.done, uri, loop=loop)
+            self._last_save = time.monotonic()
+
+    def _evaluate(self, done: int) -> dict[str, float]:
+        """The same problems and seeds at every evaluation."""
+        started = time.monotonic()
+        seed = (self.config.seed, "eval")
+        groups = self._eval_rollouts.run(self._held_out, self.sampler, self.config.eval.samples, seed)
+        for line in new_errors(groups, self._known_errors):
+            self.run.note(line)
+        write_rollouts(self.run.dir, done, groups, name="eval")
+        metrics = eval_metrics(groups, eval_name(self.config))
+        self.run.note(f"evaluated on {len(groups)} held-out problems in {time.monotonic() - started:.1f} s")
+        return metrics
+
+
+LOOP = ("problems", "episodes", "tokens")  # what a checkpoint keeps of the loop: how many there have been
+
+
+def policy_metrics(
+    data: Sequence[Sequence[Datum]], outputs: Sequence[ForwardBackwardOutput], clip: Mapping[str, float]
+) -> dict[str, float]:
+    """The trainer's logprobs of sampled tokens against the sampler's, per substep: kl/* of the first, ratio/* of all.
+
+    v1 = mean(q - lp), v2 = mean((q - lp)^2) / 2; before the first update both are the same policy, and what is left is
+    the difference between two ways of computing it. clip_frac: tokens whose ratio lies outside the loss's bounds, or
+    those of ppo where it has none.
+    """
+    import torch
+
+    low, high = clip.get("clip_low_threshold", 0.8), clip.get("clip_high_threshold", 1.2)
+    gaps = [torch.cat([_gap(d, o["logprobs"]) for d, o in zip(part, output.loss_fn_outputs, strict=True)])
+            for part, output in zip(data, outputs, strict=True)]  # fmt: skip
+    first, ratio = gaps[0], torch.cat(gaps).exp()
+    return {
+        "kl/sample_train_v1": float(-first.mean()),
+        "kl/sample_train_v2": float(first.square().mean() / 2),
+        "kl/max_abs_dlogprob": float(first.abs().max()),
+        "ratio/p99": float(ratio.sort().values[math.ceil(0.99 * len(ratio)) - 1]),
+        "ratio/clip_frac": float(((ratio < low) | (ratio > high)).float().mean()),
+    }
+
+
+def _gap(datum: Datum, logprobs: torch.Tensor) -> torch.Tensor:
+    """lp - q of the sampled tokens of a datum."""
+    import torch
+
+    sampled = torch.as_tensor(datum.loss_fn_inputs["weights"]) != 0
+    return (logprobs - torch.as_tensor(datum.loss_fn_inputs["logprobs"]))[sampled]
+
+
+def check_config(config: RLConfig) -> dict[str, float]:
+    """The loss's configuration with its defaults; UsageError for what no run could be made of."""
+    from core import LOSSES
+    from core.door import check_config as check_loss_config
+
+    losses = [name for name, loss in LOSSES.items() if "advantages" in loss.required]
+    for key, known in (("loss_fn", losses), ("truncated", TRUNCATED)):
+        if (value := getattr(config, key)) not in known:
+            raise UsageError(f"{key}={value}: expected one of {', '.join(known)}{did_you_mean(value, known)}")
+    least = {"steps": 1, "groups_per_batch": 1, "max_tokens": 1, "num_substeps": 1, "resample_constant": 0, "kl_penalty": 0}
+    for key, at_least in least.items():
+        if not getattr(config, key) >= at_least:
+            raise UsageError(f"{key}={getattr(config, key)}: expected at least {at_least}")
+    if config.group_size < 2:
+        raise UsageError(f"group_size={config.group_size}: an advantage compares attempts, give at least 2")
+    if not 0 < config.temperature < math.inf:
+        raise UsageError(f"temperature={config.temperature:g}: expected more than 0; attempts must differ to be compared")
+    if config.eval.samples < 1 or not 0 <= config.eval.temperature < math.inf:
+        raise UsageError("eval.samples must be at least 1 and eval.temperature at least 0")
+    if config.eval.samples > 1 and config.eval.temperature == 0:
+        raise UsageError(f"eval.samples={config.eval.samples} would all be the same at eval.temperature=0: set it to 1, say")
+    try:
+        return check_loss_config(config.loss_fn, config.loss_fn_config)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def limits_of(config: RLConfig, info: ModelInfo) -> Limits:
+    """The limits with the model's context filled in."""
+    context = info.max_length if config.limits.context is None else config.limits.context
+    if context > info.max_length:
+        raise UsageError(f"limits.context={context}, but the context of {info.base_model} is {info.max_length} tokens")
+    if config.max_tokens >= context:
+        raise UsageError(f"max_tokens={config.max_tokens} leaves no room for a prompt in a context of {context} tokens")
+    return replace(config.limits, context=context)
+
+
+def _every(interval: int, done: int) -> bool:
+    return interval > 0 and done % interval == 0

@@ -1,0 +1,405 @@
+"""Rollouts: environments and a sampler brought together, a coroutine each; the engine batches whatever is in flight.
+
+A rollout that fails is data: its error is kept with it, and neither its siblings nor the run end with it. What the
+sampler itself raises is no rollout's fault and ends them all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import hashlib
+import math
+import re
+import time
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
+
+from cookbook import event_loop
+from cookbook.env_drive import settled
+from cookbook.errors import UsageError
+from cookbook.keys import did_you_mean
+from cookbook.tool_prompt import knows_tools, with_tools_as_text
+from cookbook.trajectories import Ended, Trajectory, Transition
+from core import Future, ModelInput, SampleResponse, SamplingParams
+from envs.env import Env, Message, Problem, StepResult
+
+if TYPE_CHECKING:
+    from cookbook.renderers import Renderer
+
+T = TypeVar("T")
+Seed: TypeAlias = tuple[int | str, ...]  # what the sampling of a run, a step, a problem ... is derived from
+
+ON_ERROR = ("drop", "zero")
+CALL_MARKS = ("<tool_call>", '"parameters"')  # what a reply has whose tool call is malformed
+QUIET_SECONDS = 0.1  # no reset has ended for so long: the others are slow, or wait for another seat's move
+CLOSE_SECONDS = 10.0
+SETTLING_TURNS = 4  # of the event loop, in which an attempt that is ready comes to its request
+
+
+class Sampler(Protocol):
+    """What a rollout needs of a sampling client."""
+
+    def sample(
+        self, prompt: ModelInput, num_samples: int = 1, sampling_params: SamplingParams = ...
+    ) -> Future[SampleResponse]: ...
+
+    def together(self) -> contextlib.AbstractContextManager[None]: ...
+
+
+@dataclass
+class Limits:
+    """Where a rollout ends that its env does not end; it keeps the rewards that it has by then."""
+
+    turns: int = 16  # replies
+    tokens: int | None = None  # sampled, all replies together; null: as many as the context holds
+    context: int | None = None  # tokens, a prompt and its reply together; null: the model's
+    tool_calls: int = 32
+    seconds: float = 300.0  # of the env and its tools; sampling takes the time it takes
+    on_error: str = "drop"  # drop | zero (reward): what becomes of a rollout whose env fails
+
+
+@dataclass
+class Group:
+    """The attempts at one problem: those that count, and those dropped because they failed."""
+
+    problem: int  # its position in the stream
+    tag: str
+    trajectories: list[Trajectory] = field(default_factory=list)
+    dropped: list[Trajectory] = field(default_factory=list)
+
+
+def seed_of(*parts: int | str) -> int:
+    """63 bits out of whatever names a request; the same on every machine."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class SamplingFailed(Exception):
+    """The sampler raised; the cause says what."""
+
+
+class OutOfTime(Exception):
+    """An env has used up its seconds."""
+
+
+class Attempt:
+    """One env under way: `open`, then `play`, then `close`, whatever happened. Nothing but SamplingFailed comes out."""
+
+    def __init__(
+        self, env: Env, client: Sampler, renderer: Renderer, params: SamplingParams, limits: Limits, seed: Seed, number: int = 0
+    ) -> None:
+        self.trajectory = Trajectory(number)
+        self._env, self._client, self._renderer = env, client, renderer
+        self._params, self._limits, self._seed = params, limits, seed
+        self._conversation: list[Message] = []  # replies carry their tokens, which the renderer splices
+        self._schemas: list[dict[str, Any]] | None = None
+        self._calls_as_text = False
+        self._observation: ModelInput | None = None  # the next prompt; None: this attempt has ended
+        self._num_calls = 0
+        self._seconds = limits.seconds  # left
+        self._closed = False
+
+    async def open(self) -> None:
+        """The first prompt."""
+        async with self._contained():
+            messages = await self._in_env(settled(self._env.reset))
+            if self._env.tools:
+                from envs.tools import schema
+
+                schemas = [schema(tool) for tool in self._env.tools]
+                self._count("tool_calls", 0)
+                self._count("tool_errors", 0)
+                self._calls_as_text = not knows_tools(self._renderer)
+                if self._calls_as_text:
+                    messages = with_tools_as_text(messages, schemas)
+                else:
+                    self._schemas = schemas
+            self._say(messages)
+            self._observation = self._render()
+
+    async def play(self, opening: asyncio.Task[None] | None = None) -> None:
+        """Turn after turn until the env or a limit ends it."""
+        await (opening or self.open())
+        async with self._contained():
+            while self._observation is not None:
+                await self._turn(self._observation)
+        await self.close()
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await settled(self._env.close)
+        except (Exception, SystemExit):
+            self._count("close_failed")  # what it did before stands
+
+    async def _turn(self, observation: ModelInput) -> None:
+        room = self._room(observation)
+        if isinstance(room, str):
+            self._end(room)
+            return
+        message, calls = await self._reply(observation, room)
+        if calls is None:
+            result = _checked(await self._in_env(settled(self._env.step, message)))
+            self._earn(result)
+        elif self._num_calls + len(calls) > self._limits.tool_calls:
+            self._end("tool_calls")
+            return
+        else:
+            result = StepResult(done=False, messages=[await self._answer(call) for call in calls])
+        self._say(result.messages)
+        if result.done or len(self.trajectory.transitions) >= self._limits.turns:
+            self._end("done" if result.done else "turns")
+        else:
+            self._observation = self._render()
+
+    async def _reply(self, observation: ModelInput, max_tokens: int) -> tuple[Message, list[Message | None] | None]:
+        """The policy's message, and the tool calls in it (None among them: one that cannot be read) if it has any."""
+        turn = len(self.trajectory.transitions)
+        params = replace(self._params, max_tokens=max_tokens, seed=seed_of(*self._seed, turn))
+        try:
+            sampled = (await self._client.sample(observation, 1, params)).sequences[0]
+        except Exception as error:
+            raise SamplingFailed from error
+        message, ended = self._renderer.parse_response(sampled.tokens)
+        calls: list[Message | None] | None = None
+        as_text = {"role": "assistant", "content": self._text(sampled.tokens)}
+        if self._env.tools and ended == "stop" and message.get("tool_calls"):
+            calls = list(message["tool_calls"])
+        elif self._env.tools and ended == "malformed" and any(mark in message["content"] for mark in CALL_MARKS):
+            calls = [None]
+        elif message.get("tool_calls"):  # cut short, or there are no tools: it is but text
+            message = as_text
+        self.trajectory.transitions.append(Transition(observation, list(sampled.tokens), list(sampled.logprobs), ended))
+        self.trajectory.messages.append(message)
+        self._conversation.append({**(as_text if self._calls_as_text else message), "tokens": list(sampled.tokens)})
+        return message, calls
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return self._renderer.decode([token for token in tokens if token not in self._renderer.stop])
+
+    def _earn(self, result: StepResult) -> None:
+        trajectory = self.trajectory
+        last = replace(trajectory.transitions[-1], reward=result.reward, metrics=result.metrics)
+        trajectory.transitions[-1] = last
+        trajectory.metrics |= result.metrics
+        trajectory.reward += result.reward
+
+    def _room(self, observation: ModelInput) -> int | Ended:
+        """How many tokens the next reply may have, or the limit that leaves none."""
+        limits, sampled = self._limits, sum(len(turn.tokens) for turn in self.trajectory.transitions)
+        rooms: dict[Ended, float] = {
+            "context": math.inf if limits.context is None else limits.context - observation.length,
+            "tokens": math.inf if limits.tokens is None else limits.tokens - sampled,
+        }
+        tightest = min(rooms, key=lambda limit: rooms[limit])
+        if rooms[tightest] < 1:
+            return tightest
+        assert self._params.max_tokens is not None
+        return int(min(rooms[tightest], self._params.max_tokens))
+
+    async def _answer(self, call: Message | None) -> Message:
+        from envs import tools
+
+        self._num_calls += 1
+        self._count("tool_calls")
+        if call is None:
+            self._count("tool_errors")
+            self._count("tool_errors/malformed")
+            expected = 'expected <tool_call>{"name": ..., "arguments": {...}}</tool_call>'
+            return {"role": "tool", "content": f"error: the tool call cannot be read; {expected}"}
+        function = call["function"]
+        try:
+            text = await self._in_env(tools.call(self._env.tools, function["name"], function["arguments"]))
+        except tools.ToolError as error:
+            self._count("tool_errors")
+            self._count(f"tool_errors/{error.kind}")
+            text = f"error: {error}"
+        return {"role": "tool", "name": function["name"], "content": text}
+
+    def _render(self) -> ModelInput:
+        return self._renderer.build_generation_prompt(self._conversation, self._schemas)
+
+    def _say(self, messages: Sequence[Message]) -> None:
+        self.trajectory.messages += messages
+        self._conversation += messages
+
+    def _count(self, name: str, by: int = 1) -> None:
+        self.trajectory.metrics[name] = self.trajectory.metrics.get(name, 0.0) + by
+
+    def _end(self, ended: Ended) -> None:
+        self._observation, self.trajectory.ended = None, ended
+
+    async def _in_env(self, work: Awaitable[T]) -> T:
+        """What comes of `work`, whose time counts against the env's; waiting for the sampler does not."""
+        started, timer = time.monotonic(), asyncio.timeout(self._seconds)
+        try:
+            async with timer:
+                return await work
+        except TimeoutError:
+            if timer.expired():
+                raise OutOfTime from None
+            raise
+        finally:
+            self._seconds -= time.monotonic() - started
+
+    @contextlib.asynccontextmanager
+    async def _contained(self) -> AsyncIterator[None]:
+        """Errors and the time limit end this attempt and nothing else."""
+        try:
+            yield
+        except SamplingFailed:
+            raise
+        except OutOfTime:
+            self._end("seconds")
+        except asyncio.CancelledError as error:  # ours, or one that leaked out of what the env waited for
+            if (task := asyncio.current_task()) is None or task.cancelling():
+                raise
+            self._fail(error)
+        except (Exception, SystemExit) as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        self._end("error")
+        fail(self.trajectory, error)
+
+
+def fail(trajectory: Trajectory, error: BaseException) -> None:
+    trajectory.ended, trajectory.reward = "error", 0.0
+    said = " ".join(str(error).split())[:300]
+    frames = traceback.extract_tb(error.__traceback__)
+    told = not frames or re.search(r"\.py:\d+\)$", said)
+    place = "" if told else f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})"
+    trajectory.error = f"{type(error).__name__}{': ' if said else ''}{said}{place}"
+
+
+class BadReward(ValueError):
+    """A reward that is no finite number."""
+
+
+def _checked(result: StepResult) -> StepResult:
+    if not isinstance(result, StepResult):
+        raise TypeError(f"step returned {type(result).__name__}, expected StepResult")
+    return replace(result, reward=_finite(result.reward), metrics={k: float(v) for k, v in result.metrics.items()})
+
+
+def _finite(reward: float) -> float:
+    if not math.isfinite(reward):
+        raise BadReward(f"reward {reward}, expected a finite number")
+    return float(reward)
+
+
+async def rollout(
+    env: Env, client: Sampler, renderer: Renderer, params: SamplingParams, limits: Limits, seed: Seed = (0,)
+) -> Trajectory:
+    """One attempt. `params.max_tokens` bounds each reply; the seed of turn t is made of `seed` and t."""
+    attempt = Attempt(env, client, renderer, params, limits, seed)
+    try:
+        await attempt.play()
+    except SamplingFailed as failed:
+        raise failed.__cause__ or failed from None
+    finally:
+        await attempt.close()
+    return attempt.trajectory
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Groups of rollouts of one run: what is the same for all of them. `params.max_tokens` bounds each reply."""
+
+    renderer: Renderer
+    params: SamplingParams
+    limits: Limits
+
+    def __post_init__(self) -> None:
+        if self.limits.on_error not in ON_ERROR:
+            meant = did_you_mean(self.limits.on_error, ON_ERROR)
+            raise UsageError(f"limits.on_error={self.limits.on_error}: expected {' or '.join(ON_ERROR)}{meant}")
+        for key in ("turns", "tokens", "context", "seconds"):
+            value = getattr(self.limits, key)
+            if value is not None and not value > 0:
+                raise UsageError(f"limits.{key}={value}: expected more than 0")
+
+    def run(self, problems: Sequence[Problem], client: Sampler, group_size: int, seed: Seed, first: int = 0) -> list[Group]:
+        """`group_size` attempts at each problem, in order; they are problems `first`, `first` + 1, ... of their stream."""
+        return self.submit(problems, client, group_size, seed, first).result()
+
+    def submit(
+        self, problems: Sequence[Problem], client: Sampler, group_size: int, seed: Seed, first: int = 0
+    ) -> concurrent.futures.Future[list[Group]]:
+        """The same, without waiting."""
+        return event_loop.submit(self._groups(problems, client, group_size, seed, first))
+
+    async def _groups(
+        self, problems: Sequence[Problem], client: Sampler, group_size: int, seed: Seed, first: int
+    ) -> list[Group]:
+        groups = [Group(first + index, problem.tag) for index, problem in enumerate(problems)]
+        attempts: list[Attempt] = []
+        for problem, group in zip(problems, groups, strict=True):
+            for number, env in enumerate(_envs(problem, group, group_size)):
+                name = (*seed, group.problem, number)
+                attempt = Attempt(env, client, self.renderer, self.params, self.limits, name, number)
+                attempts.append(attempt)
+                group.trajectories.append(attempt.trajectory)
+        await play_all(attempts, client)
+        await asyncio.gather(*map(_add_group_rewards, problems, groups))
+        if self.limits.on_error == "drop":
+            for group in groups:
+                group.dropped = [trajectory for trajectory in group.trajectories if trajectory.error]
+                group.trajectories = [trajectory for trajectory in group.trajectories if not trajectory.error]
+        return groups
+
+
+def _envs(problem: Problem, group: Group, group_size: int) -> list[Env]:
+    """Fresh envs; a problem that cannot make any leaves a failed trajectory in its group."""
+    try:
+        if envs := problem.make(group_size) or problem.make(2):  # a game has two seats at least
+            return envs
+        raise ValueError(f"make({group_size}) of a problem gave no env")
+    except Exception as error:
+        group.trajectories.append(Trajectory())
+        fail(group.trajectories[0], error)
+        return []
+
+
+async def play_all(attempts: Sequence[Attempt], client: Sampler) -> None:
+    """First prompts are held back until all are ready, and then asked for in order and at once: equal requests in equal
+    batches give equal replies, to the last bit."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            openings = [tasks.create_task(attempt.open()) for attempt in attempts]
+            waiting: set[asyncio.Task[None]] = set(openings)
+            while waiting:
+                done, waiting = await asyncio.wait(waiting, timeout=QUIET_SECONDS)
+                if not done:
+                    break
+            with client.together():
+                for attempt, opening in zip(attempts, openings, strict=True):
+                    tasks.create_task(attempt.play(opening))
+                for _ in range(SETTLING_TURNS):
+                    await asyncio.sleep(0)
+    except BaseExceptionGroup as failures:
+        first = failures.exceptions[0]
+        raise first.__cause__ or first from None
+    finally:
+        await asyncio.gather(*(attempt.close() for attempt in attempts))
+
+
+async def _add_group_rewards(problem: Problem, group: Group) -> None:
+    if type(problem).group_rewards is Problem.group_rewards:
+        return
+    try:
+        rewards = await settled(problem.group_rewards, group.trajectories)
+        for trajectory, reward in zip(group.trajectories, rewards or [0.0] * len(group.trajectories), strict=True):
+            if not trajectory.error:
+                trajectory.reward += _finite(reward)
+    except (Exception, SystemExit) as error:
+        for trajectory in group.trajectories:
+            fail(trajectory, error)

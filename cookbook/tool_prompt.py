@@ -1,0 +1,34 @@
+"""Tools for models whose chat template knows none (SmolLM2): told in the system message, called in the reply's text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from cookbook.messages import Json, tool_name
+from cookbook.template_check import ASK, TOOL
+from envs.env import Message
+
+if TYPE_CHECKING:
+    from cookbook.renderers import Renderer
+
+
+def knows_tools(renderer: Renderer) -> bool:
+    """Whether the chat template tells the model of tools."""
+    try:
+        return tool_name(TOOL) in renderer.render([ASK], [TOOL], prompt=True)
+    except ValueError:
+        return False
+
+
+def with_tools_as_text(messages: Sequence[Message], schemas: Sequence[Mapping[str, Json]]) -> list[Message]:
+    """The messages with the tools in the (perhaps new) system message, in the words of the built-in `chatml` template."""
+    told = "\n".join([
+        "These functions can be called:", "<tools>", *(json.dumps(schema, ensure_ascii=False) for schema in schemas),
+        "</tools>", "To call one, write", "<tool_call>", '{"name": ..., "arguments": {...}}', "</tool_call>",
+    ])  # fmt: skip
+    if messages and messages[0]["role"] == "system":
+        first, *others = messages
+        return [{**first, "content": f"{first['content']}\n\n{told}"}, *others]
+    return [{"role": "system", "content": told}, *messages]

@@ -1,10 +1,11 @@
-"""What a measurement ran on: names, versions and the matmul rate of this moment."""
+"""What a measurement ran on: names, versions, and the matmul and memory rates of this moment."""
 
 from __future__ import annotations
 
 import os
 import platform
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -43,12 +44,29 @@ def matmul_flops(dtype, device: str, rows: int = 2048, size: int = 2048, seconds
 
     left = torch.randn(rows, size, device=device).to(dtype)
     right = torch.randn(size, size, device=device).to(dtype)
+    return 2 * rows * size * size / _median_seconds(lambda: left @ right, device, seconds)
+
+
+def memory_bandwidth(device: str, size: int = 1 << 28, seconds: float = 0.5) -> float:
+    """Bytes per second between memory and processor: the faster of a large copy and a large matrix-vector product."""
+    import torch
+
+    matrix, vector = torch.ones(size // 4096 // 4, 4096, device=device), torch.ones(4096, device=device)
+    target = torch.empty_like(matrix)
+    copied = 2 * size / _median_seconds(lambda: target.copy_(matrix), device, seconds)
+    return max(copied, size / _median_seconds(lambda: matrix @ vector, device, seconds))
+
+
+def _median_seconds(work: Callable[[], object], device: str, seconds: float) -> float:
+    """Of repeated calls, the first left out."""
+    import torch
+
     times: list[float] = []
     begin = time.perf_counter()
     while time.perf_counter() - begin < seconds or len(times) < 5:
         start = time.perf_counter()
-        left @ right
+        work()
         if device != "cpu":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return 2 * rows * size * size / sorted(times[1:])[len(times[1:]) // 2]
+    return sorted(times[1:])[len(times[1:]) // 2]

@@ -85,6 +85,8 @@ class EngineConfig:
     dtype: str = "auto"  # auto | bfloat16 | float32
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     token_budget: int | None = None  # tokens per micro-batch; null: by machine, written to config.yaml
+    kv_tokens: int | None = None  # room for keys and values of what is being sampled, in tokens; null: by machine
+    train_share: float = 0.5  # of the time, for training while samples wait too
 
 
 @dataclass

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import itertools
 import math
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
@@ -73,16 +75,27 @@ def eval_name(config: Task) -> str:
     return str(config.env["name"]) if config.env else "held_out"
 
 
+@dataclass(frozen=True)
+class Round:
+    """Attempts under way at some problems, all by the policy as it stood after `policy_step` steps."""
+
+    policy_step: int
+    num_problems: int
+    groups: concurrent.futures.Future[list[Group]]
+
+
 class Session:
     """A run of RL between two updates: `for step in session.steps()`, sample, (the recipe trains,) finish.
 
     Opens the newest checkpoint of the run, else a new adapter; evaluates before the first step. `sampler` is the policy
-    that `sample` and evaluations use: the recipe replaces it after an update.
+    that `sample` and evaluations use: the recipe replaces it after an update. `max_steps_off_policy`: the attempts of so
+    many later steps are under way while a batch trains; they keep the policy that they began with.
     """
 
-    def __init__(self, run: Run, config: RLConfig) -> None:
-        self.run, self.config = run, config
+    def __init__(self, run: Run, config: RLConfig, max_steps_off_policy: int = 0) -> None:
+        self.run, self.config, self.max_steps_off_policy = run, config, max_steps_off_policy
         self.loss_fn_config = check_config(config)
+        _check_off_policy(config, max_steps_off_policy)
         service = connect(config.service, run.store, config.engine)
         found = run.resume(lambda row: service.create_training_client_from_state_with_optimizer(run.location(row)).result())
         loading = None if found else new_trainer(service, config.model, config.lora, config.seed, config.init_from)
@@ -90,6 +103,8 @@ class Session:
         self.done = found[0]["step"] if found else 0
         self.num_problems, self.num_episodes, self.num_tokens = (loop.get(key, 0) for key in LOOP)
         self._problems = problems_of(config, "train", skip=self.num_problems, console=run.console)
+        self._num_taken = self.num_problems  # those under way included, which a resumed run attempts anew
+        self._under_way: deque[Round] = deque()
         self._held_out: list[Problem] = []
         if config.eval.problems > 0:
             self._held_out += itertools.islice(problems_of(config, "eval"), config.eval.problems)
@@ -128,31 +143,45 @@ class Session:
 
     def steps(self) -> Iterator[int]:
         """The steps to do, from 0, until the last one or until someone asks to stop."""
-        while self.done < self.config.steps and not self._stopping:
-            yield self.done
+        try:
+            while self.done < self.config.steps and not self._stopping:
+                yield self.done
+        finally:  # also when the recipe's block raises
+            for later in self._under_way:
+                later.groups.cancel()
 
     def sample(self, step: int) -> list[Group]:
         """Attempts at the next `groups_per_batch` problems, and at others for those whose attempts agree, if asked."""
         started = time.monotonic()
-        groups = self._round(step, self.config.groups_per_batch)
+        for later in range(step + len(self._under_way), min(step + self.max_steps_off_policy + 1, self.config.steps)):
+            self._under_way.append(self._begin(later, step, self.config.groups_per_batch))
+        batch = self._under_way.popleft()
+        self.staleness = step - batch.policy_step
+        groups = self._end(batch)
         for _ in range(self.config.resample_constant):
             mixed = sum(kind_of(group) == "mixed" for group in groups)
             if mixed >= self.config.groups_per_batch:
                 break
-            groups += self._round(step, self.config.groups_per_batch - mixed)
+            groups += self._end(self._begin(step, step, self.config.groups_per_batch - mixed))
         for line in new_errors(groups, self._known_errors):
             self.run.note(line)
         self._stop_if_hopeless(groups)
         self._sample_seconds, self._sampled_at = time.monotonic() - started, time.monotonic()
         return groups
 
-    def _round(self, step: int, num_problems: int) -> list[Group]:
+    def _begin(self, step: int, policy_step: int, num_problems: int) -> Round:
+        """Attempts of `step` at the next problems, by the policy as it is now: after `policy_step` steps."""
         problems = list(itertools.islice(self._problems, num_problems))
         if not problems:
-            raise UsageError(f"the training problems end after {self.num_problems}: a stream of them should start over")
-        seed = (self.config.seed, "train", step)
-        groups = self._rollouts.run(problems, self.sampler, self.config.group_size, seed, first=self.num_problems)
-        self.num_problems += len(problems)
+            raise UsageError(f"the training problems end after {self._num_taken}: a stream of them should start over")
+        seed, first = (self.config.seed, "train", step), self._num_taken
+        self._num_taken += len(problems)
+        groups = self._rollouts.submit(problems, self.sampler, self.config.group_size, seed, first)
+        return Round(policy_step, len(problems), groups)
+
+    def _end(self, begun: Round) -> list[Group]:
+        groups = begun.groups.result()
+        self.num_problems += begun.num_problems
         if self.config.truncated == "penalise":
             for trajectory in (trajectory for group in groups for trajectory in group.trajectories):
                 trajectory.reward -= float(trajectory.truncated)
@@ -188,7 +217,8 @@ class Session:
             "progress/tokens": self.num_tokens, "progress/episodes": self.num_episodes,
             "progress/done_frac": self.done / config.steps,
             "time/step": seconds, "time/sample": self._sample_seconds, "time/train": trained,
-            "perf/sample_tokens_per_second": num_sampled / self._sample_seconds, "perf/peak_memory_gb": peak_memory_gb(),
+            "perf/sample_tokens_per_second": num_sampled / (seconds if self.max_steps_off_policy else self._sample_seconds),
+            "perf/peak_memory_gb": peak_memory_gb(),
         })  # fmt: skip
         if save_due:
             uri = self.trainer.save_state(f"{self.done:06d}", overwrite=True).result().path
@@ -269,6 +299,14 @@ def check_config(config: RLConfig) -> dict[str, float]:
         return check_loss_config(config.loss_fn, config.loss_fn_config)
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def _check_off_policy(config: RLConfig, max_steps_off_policy: int) -> None:
+    if max_steps_off_policy < 0:
+        raise UsageError(f"max_steps_off_policy={max_steps_off_policy}: expected at least 0 (wait for every batch)")
+    if max_steps_off_policy and config.resample_constant:
+        told = f"resample_constant={config.resample_constant} with max_steps_off_policy={max_steps_off_policy}"
+        raise UsageError(f"{told}: the problems that come next are under way already; set one of them to 0")
 
 
 def limits_of(config: RLConfig, info: ModelInfo) -> Limits:

@@ -22,9 +22,12 @@ def connect(service: str, store: Path, engine: EngineConfig) -> ServiceClient:
 
     from core import EngineOptions, ServiceClient
 
-    if engine.token_budget is not None and engine.token_budget < 1:
-        raise UsageError(f"engine.token_budget={engine.token_budget}: expected at least 1, or null (by machine)")
-    options = EngineOptions(engine.dtype, engine.device, engine.token_budget)
+    for key, least in (("token_budget", 1), ("kv_tokens", 64)):
+        if (value := getattr(engine, key)) is not None and value < least:
+            raise UsageError(f"engine.{key}={value}: expected at least {least}, or null (by machine)")
+    if not 0 < engine.train_share <= 1:
+        raise UsageError(f"engine.train_share={engine.train_share:g}: expected more than 0 and at most 1")
+    options = EngineOptions(engine.dtype, engine.device, engine.token_budget, engine.kv_tokens, engine.train_share)
     try:
         _, device = options.resolve()
     except ValueError as error:

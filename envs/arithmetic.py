@@ -1,4 +1,4 @@
-"""Sums in one reply: 'What is 3 + 8? Answer with the number only.'"""
+"""Sums in one reply: 'What is 3 + 8? Reply with just the number.'"""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import final
 
-from envs.answers import first_number, is_number, text_of
+from envs.answers import final_number, is_number, text_of
 from envs.env import Attempts, Env, Message, StepResult
 from envs.expressions import evaluate
 from envs.streams import check_split, generator, held_apart
@@ -23,17 +23,17 @@ class Config:
 
 @final
 class Arithmetic(Env):
-    """Reward 1 when the first number of the reply is the answer; what comes after it does not matter."""
+    """Reward 1 when the last number of the reply is the answer; words around it do not matter."""
 
     def __init__(self, expression: str, answer: int) -> None:
         self.expression, self.answer = expression, answer
 
     def reset(self) -> list[Message]:
-        return [{"role": "user", "content": f"What is {self.expression}? Answer with the number only."}]
+        return [{"role": "user", "content": f"What is {self.expression}? Reply with just the number."}]
 
     def step(self, reply: Message) -> StepResult:
         text = text_of(reply)
-        correct = float(first_number(text) == self.answer)
+        correct = float(final_number(text) == self.answer)
         return StepResult(reward=correct, metrics={"correct": correct, "format": float(is_number(text))})
 
 

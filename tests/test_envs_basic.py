@@ -196,12 +196,12 @@ def test_answers_are_found_quickly_in_hostile_text():
 # ---- the sets
 
 
-def test_arithmetic_takes_the_first_number_and_nothing_else_before_it():
+def test_arithmetic_takes_the_last_number():
     env = arithmetic.Arithmetic("3 + 8", 11)
-    assert env.reset() == [{"role": "user", "content": "What is 3 + 8? Answer with the number only."}]
+    assert env.reset() == [{"role": "user", "content": "What is 3 + 8? Reply with just the number."}]
     scores = [(env.step(say(text)).reward, env.step(say(text)).metrics["format"]) for text in
               ("11", "11.", "11 is the sum of 3 and 8", "3 + 8 = 11", "111", "1 1", "eleven")]  # fmt: skip
-    assert scores == [(1, 1), (1, 1), (1, 0), (0, 0), (0, 1), (0, 0), (0, 0)]
+    assert scores == [(1, 1), (1, 1), (0, 0), (1, 0), (0, 1), (0, 0), (0, 0)]
 
 
 def test_arithmetic_keeps_to_its_config():

@@ -60,7 +60,7 @@ def generate(model, requests: list, device: str) -> float:
 
 def generate_batch(model, requests: list, device: str) -> float:
     """`generate_batch` with a max_new_tokens for each request: the same manager, whose making is not on the clock."""
-    from transformers.generation import ContinuousBatchingConfig
+    from transformers import ContinuousBatchingConfig
     from transformers.generation.continuous_batching.utils import WorkloadHints
 
     longest, new = max(len(prompt) for prompt, _, _ in requests), max(max_tokens for _, max_tokens, _ in requests)

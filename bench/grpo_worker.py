@@ -24,7 +24,8 @@ def main() -> None:
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer.grpo_config import GRPOConfig
+    from trl.trainer.grpo_trainer import GRPOTrainer
 
     from bench.trl_worker import peak_gb
     from envs.arithmetic import Arithmetic
@@ -46,10 +47,12 @@ def main() -> None:
     )  # fmt: skip
     seen: dict[str, float] = {}
 
-    def reward(completions, completion_ids, expression, answer, **columns) -> list[float]:
+    def reward(completions, completion_ids, expression, answer, **columns) -> list[float | None]:
         asked = zip(completions, expression, answer, strict=True)
-        rewards = [Arithmetic(text, number).step(reply[-1]).reward for reply, text, number in asked]
-        seen["reward"] = sum(rewards) / len(rewards)
+        rewards: list[float | None] = []
+        for reply, text, number in asked:
+            rewards.append(Arithmetic(text, number).step(reply[-1]).reward)
+        seen["reward"] = sum(filter(None, rewards)) / len(rewards)
         seen["reply_tokens"] = sum(map(len, completion_ids)) / len(completion_ids)
         return rewards
 

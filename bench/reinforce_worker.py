@@ -48,10 +48,12 @@ class Turns:
     def problems(self, count: int) -> list[dict]:
         """Prompts and answers of the first `count` steps, for the other side."""
         from cookbook.environments import problems_of
+        from envs.arithmetic import Arithmetic
 
         rows = []
         for problem in itertools.islice(problems_of(self.config, "train"), count * self.config.groups_per_batch):
             (env,) = problem.make(1)
+            assert isinstance(env, Arithmetic)
             rows.append({"prompt": env.reset(), "expression": env.expression, "answer": env.answer})
         return rows
 

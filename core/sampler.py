@@ -105,6 +105,8 @@ class Sampler:
         if self._running:
             self._decode()
         self._drop_ended()
+        if not self.busy:
+            self._stacks.clear()
 
     # ---- coming and going
 
@@ -139,7 +141,10 @@ class Sampler:
         """Sequences that are done, failed or cancelled give up their slots."""
 
         def over(sequence: Continuation) -> bool:
-            return sequence.stop_reason is not None or sequence.request.future.done()
+            if sequence.request.future.done():
+                sequence.request.sequences.clear()  # a circle of references would keep the weights until someone collects it
+                return True
+            return sequence.stop_reason is not None
 
         if any(over(sequence) for sequence in [*self._filling, *self._running]):
             self._batch = None

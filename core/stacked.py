@@ -128,6 +128,10 @@ class Stacks:
         self._made = used
         return found
 
+    def clear(self) -> None:
+        """Let go of the adapters."""
+        self._made = {}
+
     def _stack(self, members: list[Weights]) -> Stack:
         """One that was in use a step ago and holds all of them, else a new one."""
         keys = {weights.key for weights in members}

@@ -56,11 +56,23 @@ def value(board: str) -> int:
 
 
 def best_move(board: str) -> str:
-    return min(free(board), key=lambda square: value(after(board, square)))
+    """Of equally good moves the one that leaves most to be done wrong."""
+
+    def rank(square: str) -> tuple[int, int]:
+        left = after(board, square)
+        return value(left), 0 if is_over(left) else -value(after(left, worst_move(left)))
+
+    return min(free(board), key=rank)
 
 
 def worst_move(board: str) -> str:
-    return max(free(board), key=lambda square: value(after(board, square)))
+    """Of equally bad moves the one that gives the other most ways to win."""
+
+    def rank(square: str) -> tuple[int, int]:
+        left = after(board, square)
+        return value(left), 0 if is_over(left) else sum(value(after(left, reply)) < 0 for reply in free(left))
+
+    return max(free(board), key=rank)
 
 
 def drawn(board: str) -> str:

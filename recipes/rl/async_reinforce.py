@@ -9,11 +9,11 @@ ratio/* now show how far the policy has moved since. N = 0 is reinforce, to the 
 
 An attempt that spans an update finishes with the weights that it began with: all its tokens come from one policy, and a slow
 one has N steps before anyone waits for it. Nothing is thrown away for its age. A checkpoint counts the problems trained
-on; those under way when the run ended are attempted anew by later weights, so a resumed run is another run than an
-uninterrupted one, over the same problems in the same order.
+on; those under way when the run ended are attempted anew by later weights, so a resumed run takes the same problems in the
+same order, but is not the uninterrupted one. Nor do equal runs repeat to the bit: what is decoded together depends on time.
 
-Left out: newer weights in the middle of an attempt, a clip (loss_fn=ppo or cispo has one; wise from N = 3 or so), and
-resample_constant (the next problems are under way already).
+Left out: newer weights in the middle of an attempt, a clip (loss_fn=ppo and cispo have one), and resample_constant (the
+problems that come next are under way already).
 
     uv run cook rl recipe=async_reinforce
     uv run cook rl recipe=async_reinforce env=calculator max_steps_off_policy=2

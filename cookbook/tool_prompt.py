@@ -28,7 +28,15 @@ def with_tools_as_text(messages: Sequence[Message], schemas: Sequence[Mapping[st
         "These functions can be called:", "<tools>", *(json.dumps(schema, ensure_ascii=False) for schema in schemas),
         "</tools>", "To call one, write", "<tool_call>", '{"name": ..., "arguments": {...}}', "</tool_call>",
     ])  # fmt: skip
+    messages = [_call_as_text(message) if message.get("tool_calls") else message for message in messages]
     if messages and messages[0]["role"] == "system":
         first, *others = messages
         return [{**first, "content": f"{first['content']}\n\n{told}"}, *others]
     return [{"role": "system", "content": told}, *messages]
+
+
+def _call_as_text(message: Message) -> Message:
+    """An example of a call, in the words in which the model is to make its own."""
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in message["tool_calls"]]
+    text = "\n".join([message.get("content") or "", *(f"<tool_call>\n{call}\n</tool_call>" for call in calls)]).strip()
+    return {"role": message["role"], "content": text}

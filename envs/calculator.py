@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,19 +32,21 @@ _STORIES = (
 class Config:
     digits: int = 3  # of the factors
     stories: float = 0.5  # share of problems told in a sentence or two, the others are bare: 'What is 347 * 829?'
+    examples: int = 0  # worked ones before the question, for models that do not call tools by themselves
 
 
 @final
 class Calculation(Env):
     """Reward 1 when the reply without a call ends on the answer; `calculated` tells whether the tool was used."""
 
-    def __init__(self, question: str, answer: Fraction) -> None:
-        self.question, self.answer = question, answer
+    def __init__(self, question: str, answer: Fraction, worked: Sequence[CalculationProblem] = ()) -> None:
+        self.question, self.answer, self.worked = question, answer, worked
         self.calculated = False
         self.tools = [self.calculate]
 
     def reset(self) -> list[Message]:
-        return [{"role": "user", "content": f"{self.question} {INSTRUCTION}"}]
+        shown = [message for problem in self.worked for message in problem.worked_out()]
+        return [*shown, {"role": "user", "content": f"{self.question} {INSTRUCTION}"}]
 
     def calculate(self, expression: str) -> str:
         """Work out an arithmetic expression.
@@ -71,10 +74,17 @@ class Calculation(Env):
 class CalculationProblem(Problem):
     question: str
     expression: str
+    worked: tuple[CalculationProblem, ...] = ()
     tag: str = "calculator"
 
     def make(self, group_size: int) -> list[Env]:
-        return [Calculation(self.question, evaluate(self.expression)) for _ in range(group_size)]
+        return [Calculation(self.question, evaluate(self.expression), self.worked) for _ in range(group_size)]
+
+    def worked_out(self) -> list[Message]:
+        """The whole conversation of a perfect policy."""
+        asked = {"role": "user", "content": f"{self.question} {INSTRUCTION}"}
+        result = {"role": "tool", "name": "calculate", "content": str(evaluate(self.expression))}
+        return [asked, self.solve([asked]), result, self.solve([result])]
 
     def solve(self, messages: Sequence[Message]) -> Message:
         if messages[-1]["role"] == "tool":
@@ -89,13 +99,19 @@ def problems(config: Config, split: str, seed: int) -> Iterator[CalculationProbl
         raise ValueError(f"env.digits={config.digits}: expected 2 to 12")
     if not 0 <= config.stories <= 1:
         raise ValueError(f"env.stories={config.stories}: expected a share, 0 to 1")
-    return held_apart(_drawn(config, generator(split, seed)), lambda problem: problem.question, split)
+    if not 0 <= config.examples <= 8:
+        raise ValueError(f"env.examples={config.examples}: expected 0 to 8")
+    same_for_all = _drawn(config, random.Random("worked examples"))  # a beginning that prompts share is computed once
+    worked = tuple(itertools.islice(same_for_all, config.examples))
+    return held_apart(_drawn(config, generator(split, seed), worked), lambda problem: problem.question, split)
 
 
-def _drawn(config: Config, rng: random.Random) -> Iterator[CalculationProblem]:
+def _drawn(
+    config: Config, rng: random.Random, worked: tuple[CalculationProblem, ...] = ()
+) -> Iterator[CalculationProblem]:
     low, high = 10 ** (config.digits - 1), 10**config.digits
     while True:
         question, expression = rng.choice(_STORIES if rng.random() < config.stories else _BARE)
         a, b = rng.randrange(low, high), rng.randrange(low, high)
         values = {"a": a, "b": b, "c": rng.randrange(low, high), "d": rng.randrange(low, a * b)}
-        yield CalculationProblem(question.format(**values), expression.format(**values))
+        yield CalculationProblem(question.format(**values), expression.format(**values), worked)

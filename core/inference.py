@@ -36,8 +36,7 @@ class Decode:
 
     def ready(self, dtype: torch.dtype) -> None:
         """Set the mask to the current positions."""
-        longest = -(-(int(self.positions.max()) + 1) // KEYS_TO) * KEYS_TO
-        self.num_keys = longest if longest * 2 <= self.pool.capacity else self.pool.capacity  # a part of a slot is copied
+        self.num_keys = -(-(int(self.positions.max()) + 1) // KEYS_TO) * KEYS_TO
         last = torch.zeros(self.high - self.low, dtype=torch.int64, device=self.slots.device)
         last[self.slots - self.low] = self.positions
         hidden = torch.arange(self.num_keys, device=last.device) > last.unsqueeze(1)

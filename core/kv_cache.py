@@ -6,6 +6,8 @@ of a conversation, another attempt at one prompt) copies or takes over the slot 
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 
@@ -14,6 +16,7 @@ import torch
 from core.attention import Heads
 
 SMALLEST = 64  # tokens of the smallest slots; capacities are powers of two of them
+PADDING = 16  # rows of k a power of two apart would share cache lines' places: products a third slower
 FIRST_TOKENS = 1024  # room of a new pool, at least one slot; it doubles when it is full
 
 
@@ -30,27 +33,38 @@ class Slot:
 
 
 class Pool:
-    """Slots of one capacity: k [layers, slots, kv, size, capacity] and v [layers, slots, kv, capacity, size]."""
+    """Slots of one capacity: k [layers, slots, kv, size, capacity + PADDING] and v [layers, slots, kv, capacity, size]."""
 
     def __init__(
-        self, capacity: int, count: int, num_layers: int, heads: Heads, dtype: torch.dtype, device: torch.device
+        self, capacity: int, most: int, num_layers: int, heads: Heads, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.capacity, self.slots = capacity, [Slot(self, i) for i in range(count)]
-        # zeros, not empty: what lies beyond a sequence's end has weight 0, and 0 * NaN would be NaN
-        self.k = torch.zeros(num_layers, count, heads.kv, heads.size, capacity, dtype=dtype, device=device)
-        self.v = torch.zeros(num_layers, count, heads.kv, capacity, heads.size, dtype=dtype, device=device)
+        """`most`: slots that it can ever have. On a CPU memory is taken page by page as slots are first used."""
+        self.capacity, self.num_busy = capacity, 0
+        self.slots: list[Slot] = []
+        room = most if device.type == "cpu" else 0
+        self.k = _zeros((num_layers, room, heads.kv, heads.size, capacity + PADDING), dtype, device)
+        self.v = _zeros((num_layers, room, heads.kv, capacity, heads.size), dtype, device)
 
     def grow(self, count: int) -> None:
+        self.slots += [Slot(self, len(self.slots) + i) for i in range(count)]
         for name in ("k", "v"):
             old = getattr(self, name)
-            setattr(self, name, torch.cat([old, old.new_zeros(len(old), count, *old.shape[2:])], dim=1))
-        self.slots += [Slot(self, len(self.slots) + i) for i in range(count)]
+            if (missing := len(self.slots) - old.shape[1]) > 0:
+                setattr(self, name, torch.cat([old, old.new_zeros(len(old), missing, *old.shape[2:])], dim=1))
 
     def copy(self, source: Slot, target: Slot, num_tokens: int) -> None:
         """The first tokens of `source` (of any pool) into `target`."""
         n = num_tokens
         self.k[:, target.index, :, :, :n] = source.pool.k[:, source.index, :, :, :n]
         self.v[:, target.index, :, :n] = source.pool.v[:, source.index, :, :n]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros, as what lies beyond a sequence's end has weight 0, and 0 * NaN would be NaN; of fresh pages on a CPU."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize))
+    return torch.frombuffer(pages, dtype=torch.uint8)[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
 class KvCache:
@@ -71,28 +85,49 @@ class KvCache:
         for pool in self.pools.values():
             yield from pool.slots
 
-    def take(self, tokens: list[int], num_tokens: int, weights: Hashable) -> tuple[Slot, int] | None:
-        """(a slot for a sequence of up to `num_tokens`, how many of `tokens` it already holds); None: no room now."""
+    def take(
+        self, tokens: list[int], num_tokens: int, weights: Hashable, expected: int = 1
+    ) -> tuple[Slot, int] | None:
+        """(a slot for a sequence of up to `num_tokens`, how many of `tokens` it already holds); None: no room now.
+
+        `expected`: how many sequences of this capacity are asking, this one among them.
+        """
         best, common = self._best(tokens, weights)
         capacity = self.capacity_for(num_tokens)
         if best is not None and not best.busy and best.pool.capacity == capacity and common * 2 >= len(best.tokens):
             slot = best
         else:
-            slot = self._free(capacity, keep=best)
+            slot = self._free(capacity, expected, keep=best)
             if slot is None and best is not None:  # what it would have kept stands in its way
                 best, common = None, 0
-                slot = self._free(capacity, keep=None)
+                slot = self._free(capacity, expected, keep=None)
             if slot is None:
                 return None
             if best is not None:
                 slot.pool.copy(best, slot, common)
+                if not best.busy and common == len(best.tokens):  # all it holds is here now
+                    best.tokens, best.weights = [], None
         slot.tokens, slot.weights, slot.busy = tokens[:common], weights, True
+        slot.pool.num_busy += 1
         self._touch(slot)
         return slot, common
+
+    def moved_down(self, slot: Slot) -> Slot:
+        """The slot, or where its sequence has moved: a step computes all slots up to the last busy one, idle ones too."""
+        pool = slot.pool
+        if slot.index < pool.num_busy + pool.num_busy // 8:
+            return slot
+        lower = next(other for other in pool.slots if not other.busy)
+        pool.copy(slot, lower, len(slot.tokens))
+        lower.tokens, lower.weights, lower.busy = slot.tokens, slot.weights, True
+        slot.tokens, slot.weights, slot.busy = [], None, False
+        self._touch(lower)
+        return lower
 
     def leave(self, slot: Slot, spoilt: bool = False) -> None:
         """The sequence has ended; its tokens stay findable. `spoilt`: what it holds is not finite."""
         slot.busy = False
+        slot.pool.num_busy -= 1
         self._touch(slot)
         if spoilt:
             slot.tokens, slot.weights = [], None
@@ -123,23 +158,25 @@ class KvCache:
                 best, length = slot, common
         return best, length
 
-    def _free(self, capacity: int, keep: Slot | None) -> Slot | None:
-        """An unused slot, new room, or the slot that has been idle for longest."""
+    def _free(self, capacity: int, expected: int, keep: Slot | None) -> Slot | None:
+        """An unused slot, new room, or the slot that has been idle for longest; that one first if most slots are idle."""
         pool = self.pools.get(capacity)
         idle = [slot for slot in pool.slots if not slot.busy] if pool is not None else []
         if empty := next((slot for slot in idle if not slot.tokens), None):
             return empty
-        want = capacity * (max(1, FIRST_TOKENS // capacity) if pool is None else len(pool.slots))
+        oldest = min((slot for slot in idle if slot is not keep), key=lambda slot: slot.used, default=None)
+        if oldest is not None and len(idle) * 2 > len(oldest.pool.slots):
+            return oldest
+        want = capacity * max(expected, max(1, FIRST_TOKENS // capacity) if pool is None else len(pool.slots))
         if self.room < want:
             self._drop_idle_pools(but={capacity, keep.pool.capacity if keep is not None else 0}, want=want)
         if (count := min(want, self.room) // capacity) > 0:
             if pool is None:
-                pool = Pool(capacity, count, self.num_layers, self.heads, self.dtype, self.device)
+                most = self.max_tokens // capacity
+                pool = Pool(capacity, most, self.num_layers, self.heads, self.dtype, self.device)
                 self.pools[capacity] = pool
-            else:
-                pool.grow(count)
+            pool.grow(count)
             return pool.slots[-count]
-        oldest = min((slot for slot in idle if slot is not keep), key=lambda slot: slot.used, default=None)
         return oldest if oldest is not None or not idle else idle[0]
 
     def _drop_idle_pools(self, but: set[int], want: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import secrets
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,6 +43,11 @@ class SampleRequest:
     future: Future[SampleResponse]
     prompt_logprobs: tuple[list[float | None], list[list[tuple[int, float]] | None] | None] | None = None
     sequences: list[Continuation] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the longest that a sequence can become."""
+        return len(self.prompt) + self.max_tokens
 
 
 @dataclass(eq=False)
@@ -97,12 +102,12 @@ class Sampler:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Admit what fits, one pass over prompts if any wait, and one new token for every running sequence."""
+        """Admit what fits, one pass over prompts if any wait, and one new token for what runs."""
         self._drop_ended()
         self._admit()
         if self._filling:
             self._prefill()
-        if self._running:
+        if len(self._running) > len(self._filling):  # else more rows will share a step soon
             self._decode()
         self._drop_ended()
         if not self.busy:
@@ -117,6 +122,7 @@ class Sampler:
                 slot.tokens, slot.weights = [], None
         held: list[Continuation] = []
         in_progress = {(s.request.weights.key, tuple(s.request.prompt)) for s in self._filling}
+        expected = Counter(self.cache.capacity_for(s.request.num_tokens) for s in self._waiting)
         while self._waiting:
             sequence = self._waiting[0]
             request = sequence.request
@@ -124,9 +130,11 @@ class Sampler:
             if name in in_progress:
                 held.append(self._waiting.popleft())
                 continue
-            taken = self.cache.take(request.prompt[:-1], len(request.prompt) + request.max_tokens, request.weights.key)
+            capacity = self.cache.capacity_for(request.num_tokens)
+            taken = self.cache.take(request.prompt[:-1], request.num_tokens, request.weights.key, expected[capacity])
             if taken is None:
                 break
+            expected[capacity] -= 1
             sequence.slot, common = taken
             self._waiting.popleft()
             if common == len(request.prompt) - 1:
@@ -242,6 +250,9 @@ class Sampler:
 
     def _make_batch(self) -> Batch:
         """Rows sorted by adapter, then by slot, so that each adapter's rows are one segment."""
+        for sequence in self._running:
+            assert sequence.slot is not None
+            sequence.slot = self.cache.moved_down(sequence.slot)
         self._running.sort(key=lambda s: (_adapter_order(s), _slot_order(s)))
         sequences, device = self._running, self.decoder.device
         tensor = partial(torch.tensor, device=device)

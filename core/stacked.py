@@ -1,7 +1,8 @@
 """The adapters of a decode step, made ready once for as long as the same ones are in use.
 
 A step has few rows and many sites, so what counts is the number of operations. Adapters of one rank and geometry are stacked:
-rows of many adapters take two or three batched products per site, whoever owns them.
+rows of many adapters take two to four products per site, whoever owns them. Few columns are computed for every row, and those
+of other adapters are masked; many go through batched products, a group of rows for each adapter.
 """
 
 from __future__ import annotations
@@ -15,39 +16,49 @@ from core.head import UNEMBED
 from core.lora import ComputeCopies, Weights
 
 BLOCK_RANK = 128  # up to here the B's of a site are one block-diagonal factor: one product instead of several
+CONCAT_RANK = 256  # up to here, all adapters together, masked columns cost less than products of a few rows each
 
 
 @dataclass(frozen=True)
 class StackedSite:
-    """A [N, d_in, m * R]; b [N, R', d_out'] with the columns of the site's output that each covers."""
+    """A [d_in, m * N * R] and b [N * R, d_out'] side by side, or A [N, d_in, m * R] and b [N, R, d_out'] apart.
+
+    b comes with its columns of x A and those of the site's output; block-diagonal over several outputs where it is small.
+    """
 
     a: torch.Tensor
-    b: list[tuple[torch.Tensor, slice, slice]]  # factor, its columns of x A, its columns of the output
+    b: list[tuple[torch.Tensor, slice, slice]]
 
 
 class Stack:
     """N adapters of one rank and geometry in the compute dtype."""
 
     def __init__(self, members: Sequence[Weights], copies: ComputeCopies) -> None:
-        self.members, self.scale = list(members), members[0].scale
+        self.members, self.scale, self.dtype = list(members), members[0].scale, copies.dtype
         self.place = {weights.key: i for i, weights in enumerate(members)}
-        factors = [copies.get([weights]) for weights in members]
         rank = members[0].config.rank
+        self.concat = len(members) == 1 or len(members) * rank <= CONCAT_RANK
+        factors = [copies.get([weights]) for weights in members]
         self.sites: dict[str, StackedSite] = {}
         self.unembed: tuple[torch.Tensor, torch.Tensor] | None = None  # A [d, N * R], B [V, N * R]
         for name, rows in members[0].geometry.sites.items():
-            a = [f[rows.a].view(rows.site.d_in, -1) for f in factors]
+            a = [f[rows.a].view(rows.site.d_in, -1, rank) for f in factors]  # [d_in, m, R]
             if name == UNEMBED:
-                self.unembed = torch.cat(a, dim=1), torch.cat([f[rows.b[0]] for f in factors], dim=1)
+                self.unembed = torch.cat(a, dim=2).squeeze(1), torch.cat([f[rows.b[0]] for f in factors], dim=1)
                 continue
-            spans = [(slice(i * rank, (i + 1) * rank), out) for i, out in enumerate(rows.out)]
-            bs = [torch.stack([f[b].T for f in factors]) for b in rows.b]
-            if len(bs) > 1 and len(bs) * rank <= BLOCK_RANK:
-                block = bs[0].new_zeros(len(factors), len(bs) * rank, rows.site.d_out)
+            if self.concat:
+                wide, joined = len(members) * rank, torch.cat(a, dim=2).view(rows.site.d_in, -1)
+                bs = [torch.cat([f[b].T for f in factors]) for b in rows.b]
+            else:
+                wide, joined = rank, torch.stack([one.reshape(rows.site.d_in, -1) for one in a])
+                bs = [torch.stack([f[b].T for f in factors]) for b in rows.b]
+            spans = [(slice(i * wide, (i + 1) * wide), out) for i, out in enumerate(rows.out)]
+            if len(bs) > 1 and len(bs) * wide <= BLOCK_RANK:
+                block = bs[0].new_zeros(*bs[0].shape[:-2], len(bs) * wide, rows.site.d_out)
                 for b, (inner, out) in zip(bs, spans, strict=True):
-                    block[:, inner, out] = b
-                bs, spans = [block], [(slice(0, len(spans) * rank), slice(0, rows.site.d_out))]
-            self.sites[name] = StackedSite(torch.stack(a), [(b, *span) for b, span in zip(bs, spans, strict=True)])
+                    block[..., inner, out] = b
+                bs, spans = [block], [(slice(0, len(spans) * wide), slice(0, rows.site.d_out))]
+            self.sites[name] = StackedSite(joined, [(b, *span) for b, span in zip(bs, spans, strict=True)])
 
 
 class StackedRows:
@@ -72,7 +83,7 @@ class StackedRows:
             at += rows
         self.gather, self.scatter = gather.view(-1).to(device), scatter.to(device)
         rank = stack.members[0].config.rank
-        self.mask = mask.repeat_interleave(rank, 1).to(device)  # [rows, N * R]
+        self.mask = mask.repeat_interleave(rank, 1).to(device, stack.dtype)  # [rows, N * R]
 
     def add(self, x: torch.Tensor, y: torch.Tensor, name: str) -> None:
         """y [T, d_out] += s (x A^T) B^T for these rows."""
@@ -80,6 +91,15 @@ class StackedRows:
         if site is None:
             return
         x, y = x[self.rows], y[self.rows]
+        if self.stack.concat:
+            u = x @ site.a
+            if len(self.stack.members) > 1:
+                u.view(len(u), -1, self.mask.shape[1]).mul_(self.mask.unsqueeze(1))
+            elif self.stack.scale != 1.0:
+                u.mul_(self.stack.scale)
+            for b, inner, out in site.b:
+                y[:, out].addmm_(u[:, inner], b)
+            return
         if self.single is not None:
             u = x @ site.a[self.single]
             if self.stack.scale != 1.0:

@@ -84,6 +84,19 @@ def test_an_adapter_without_some_of_its_sites_is_sampled_as_it_is_trained(tmp_pa
         client.close()
 
 
+def test_many_wide_adapters_and_sequences_that_move_between_slots_are_sampled_as_they_are_trained(tmp_path: Path) -> None:
+    from core.stacked import CONCAT_RANK
+
+    clients = [new_client(tmp_path, rank=CONCAT_RANK // 4, seed=i) for i in range(5)]
+    samplers = [client.save_weights_and_get_sampling_client().result(TIMEOUT) for client in clients]
+    with samplers[0].together():  # lengths so that early slots fall idle, and of two capacities
+        futures = [ask(s, prompt(5 + i, i), 2, max_tokens=4 + 5 * i) for i in range(15) for s in [samplers[i % 5]]]
+    for i, future in enumerate(futures):
+        assert largest_difference(samplers[i % 5], prompt(5 + i, i), future.result(TIMEOUT)) < 1e-4
+    for client in (*samplers, *clients):
+        client.close()
+
+
 def test_cached_prefixes_change_no_logprob(sampler: SamplingClient) -> None:
     """A second turn continues the first one's slot; a branch copies it; a repeat finds it whole."""
     first = prompt(40)

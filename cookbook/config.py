@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -52,6 +53,18 @@ class PromptsConfig:
     eval_rows: int = 100  # held out from the end of the (seed-)shuffled rows, at most a fifth
     max_bad: float = 0.05  # share of unreadable rows above which the run refuses to start
     sources: dict[str, float] = field(default_factory=dict)  # name=mixture: preset or file path -> weight
+
+
+@dataclass
+class SamplesConfig:
+    """What is sampled at each evaluation of a recipe that trains without rollouts."""
+
+    prompts: int = 2  # held-out ones, answered greedily and shown before and after; 0: none
+    max_tokens: int = 96  # of an answer
+    env: dict[str, Any] = field(default_factory=dict)  # scored too: eval.env.name=gsm8k and its keys
+    problems: int = 32  # of that env, held-out ones
+    samples: int = 1  # attempts at each; from 2 on pass@k is reported too
+    temperature: float = 0.0  # of those; 0: the likeliest token
 
 
 @dataclass

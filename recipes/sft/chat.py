@@ -15,9 +15,10 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from cookbook.config import DataConfig, EngineConfig, LogConfig, LoraConfig, ModelConfig, OptimConfig
+from cookbook.config import DataConfig, EngineConfig, LogConfig, LoraConfig, ModelConfig, OptimConfig, SamplesConfig
 from cookbook.data import load_supervised
 from cookbook.errors import UsageError
+from cookbook.eval_samples import EvalSamples
 from cookbook.memory import peak_memory_gb
 from cookbook.renderers import load_renderer
 from cookbook.run import Run
@@ -45,6 +46,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    eval: SamplesConfig = field(default_factory=SamplesConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -74,12 +76,19 @@ def main(config: Config) -> None:
             update = trainer.optim_step(adam_at(step, num_steps, peak, config.optim))
             return Submitted(step, gradient, update, num_tokens=sum(d.model_input.length for d in batch))
 
-        def held_out() -> dict[str, float]:
-            batch = mean_over_trained_tokens(data.held_out)
-            return {"held_out/nll": trainer.forward(batch, "cross_entropy", logprobs="weighted").result().metrics["loss:sum"]}
+        samples = EvalSamples(run, config.eval, renderer, trainer, data.held_out, config.seed)
 
-        if not found and data.held_out:
-            run.log_eval("before", held_out())
+        evaluates = bool(data.held_out or config.eval.env)
+
+        def evaluate(done: int, final: bool = False) -> dict[str, float]:
+            if not data.held_out:
+                return samples(done)
+            batch = mean_over_trained_tokens(data.held_out)
+            nll = trainer.forward(batch, "cross_entropy", logprobs="weighted").result().metrics["loss:sum"]
+            return {"held_out/nll": nll, **samples(done, final)}
+
+        if not found and evaluates:
+            run.log_eval("before", evaluate(0))
         run.begin(num_steps)
         start, num_tokens = (found[0]["step"], found[0]["loop"]["tokens"]) if found else (0, 0)
         last_end = last_save = time.monotonic()
@@ -87,7 +96,7 @@ def main(config: Config) -> None:
         while in_flight:
             now, done, final = in_flight, in_flight.step + 1, in_flight.step + 1 == num_steps
             stop = run.should_stop
-            eval_due = bool(data.held_out) and (final or every(config.eval_every, done))
+            eval_due = evaluates and (final or every(config.eval_every, done))
             save_due = final or stop or every(config.save_every, done)
             save_due |= 0 < 60 * config.save_minutes < time.monotonic() - last_save
             # the next batch is in flight before this result is read, unless these weights are wanted first
@@ -96,7 +105,7 @@ def main(config: Config) -> None:
             num_tokens += now.num_tokens
             seconds, last_end = time.monotonic() - last_end, time.monotonic()
             if eval_due:
-                run.log_eval("after" if final else "during", held_out())
+                run.log_eval("after" if final else "during", evaluate(done, final))
                 save_due |= run.is_best
             run.log(done, {
                 "train/nll": nll, "optim/lr": adam_at(now.step, num_steps, peak, config.optim).learning_rate,

@@ -1,4 +1,4 @@
-"""Functions to write, judged by unit tests in a sandbox: built-in ones, HumanEval's, or those of a local file."""
+"""Functions to write, judged by unit tests in a sandbox: built-in ones or a file's."""
 
 from __future__ import annotations
 

@@ -8,10 +8,14 @@ from typing import TypeAlias
 
 Facts: TypeAlias = dict[str, str]  # of one person, company or town; "name" is its title
 
-_START = ("Al", "Bren", "Cor", "Dal", "El", "Fen", "Gar", "Hol", "Is", "Jor", "Kel", "Lun", "Mar", "Nor", "Or", "Pel", "Ros", "Tor")
+_START = (
+    "Al", "Bren", "Cor", "Dal", "El", "Fen", "Gar", "Hol", "Is", "Jor", "Kel", "Lun", "Mar", "Nor", "Or", "Pel", "Ros", "Tor",
+)  # fmt: skip
 _MIDDLE = ("a", "e", "i", "o", "ari", "eno", "ila", "ova", "uma")
 _END = ("beck", "dan", "dor", "gan", "len", "mir", "nell", "rin", "sen", "ster", "tan", "vik")
-_SURNAMES = ("Ames", "Boyd", "Crane", "Dahl", "Ekman", "Frost", "Grove", "Hale", "Iver", "Jarvis", "Koch", "Lund", "Moss", "North")
+_SURNAMES = (
+    "Ames", "Boyd", "Crane", "Dahl", "Ekman", "Frost", "Grove", "Hale", "Iver", "Jarvis", "Koch", "Lund", "Moss", "North",
+)  # fmt: skip
 _INSTRUMENTS = ("cello", "flute", "harp", "oboe", "piano", "trumpet", "violin")
 _PRODUCTS = ("bicycles", "clocks", "glass", "kites", "lamps", "locks", "paper", "pumps", "ropes", "soap", "tiles", "violins")
 _TRADES = ("a baker", "a botanist", "a carpenter", "an engineer", "a nurse", "a pilot", "a printer", "a teacher")

@@ -100,9 +100,9 @@ def problems(config: Config, split: str, seed: int) -> Iterator[Problem]:
     if not (issubclass(given, Env | Problem) or callable(getattr(given, "reset", None))):
         raise ValueError(f"env.cls={config.cls}: expected an Env, a Problem, or a class with a method `reset`")
     if inspect.isabstract(given):
-        missing = ", ".join(sorted(given.__abstractmethods__))
+        missing = ", ".join(sorted(cast(type[Env], given).__abstractmethods__))
         raise ValueError(f"env.cls={config.cls} has yet to define {missing}")
-    taker: Given = given if issubclass(given, Env | Problem) else partial(given.reset, None)
+    taker: Given = given if issubclass(given, Env | Problem) else partial(cast(Any, given).reset, None)
     given_all = set(config.args) if taker is given else set()
     if config.path is None:
         rows = held_apart(_seeds(generator(split, seed)), lambda row: str(row["seed"]), split)

@@ -68,8 +68,8 @@ SCHEMAS: dict[str, Schema] = {
             ("How many orders of a {item} are there?", "SELECT COUNT(*) FROM orders WHERE item = '{item}'"),
             ("How many units of each item were ordered? Give item and number.",
              "SELECT item, SUM(quantity) FROM orders GROUP BY item"),
-            ("How much was spent in all on each {item} order, quantity times price, for orders of more than one unit?"
-             " Give id and amount.", "SELECT id, quantity * price FROM orders WHERE item = '{item}' AND quantity > 1"),
+            ("How much was spent in all on each {item} order of more than one unit, quantity times price? Give id and amount.",
+             "SELECT id, quantity * price FROM orders WHERE item = '{item}' AND quantity > 1"),
             ("Which customers ordered a {item}? Give each name once.",
              "SELECT DISTINCT name FROM customers JOIN orders ON customer_id = customers.id WHERE item = '{item}'"),
             ("Give the names of the customers who never ordered a {item}.",
@@ -104,7 +104,8 @@ SCHEMAS: dict[str, Schema] = {
         (
             ("How many students have more than {k} points in {subject}?",
              "SELECT COUNT(*) FROM grades WHERE subject = '{subject}' AND points > {k}"),
-            ("What is the highest number of points in {subject}?", "SELECT MAX(points) FROM grades WHERE subject = '{subject}'"),
+            ("What is the highest number of points in {subject}?",
+             "SELECT MAX(points) FROM grades WHERE subject = '{subject}'"),
             ("What is the average number of points in each subject? Give subject and average.",
              "SELECT subject, AVG(points) FROM grades GROUP BY subject"),
             ("Give the names of the students with more than {k} points in {subject}.",
@@ -113,8 +114,8 @@ SCHEMAS: dict[str, Schema] = {
              "SELECT name FROM students WHERE id NOT IN (SELECT student_id FROM grades WHERE subject = '{subject}')"),
             ("How many students are in each year? Give year and number.", "SELECT year, COUNT(*) FROM students GROUP BY year"),
             ("List name and points of all with a grade in {subject}, the best first, equal points by name.",
-             "SELECT name, points FROM students JOIN grades ON student_id = id WHERE subject = '{subject}'"
-             " ORDER BY points DESC, name"),
+             ("SELECT name, points FROM students JOIN grades ON student_id = id WHERE subject = '{subject}'"
+              " ORDER BY points DESC, name")),
         ),
     ),
     "company": Schema(
@@ -160,4 +161,5 @@ def script(schema: Schema, seed: str) -> str:
 
 
 def _literal(row: tuple[Value, ...]) -> str:
-    return "(" + ", ".join("'" + value.replace("'", "''") + "'" if isinstance(value, str) else str(value) for value in row) + ")"
+    quoted = ("'" + value.replace("'", "''") + "'" if isinstance(value, str) else str(value) for value in row)
+    return "(" + ", ".join(quoted) + ")"

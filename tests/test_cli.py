@@ -260,7 +260,7 @@ def test_help_is_there_in_six_tenths_of_a_second() -> None:
         ("cook rl env=guess_number env.h", ["env.high="]),
         ("cook rl env=no_such_env ste", ["steps="]),
         ("cook run mine.py env=guess_number env.h", ["env.high="]),
-        ("cook rl experiment=", ["experiment=rl_smoke"]),
+        ("cook rl experiment=rl_s", ["experiment=rl_smoke"]),
         ("cook sft experiment=", ["experiment=smoke", "experiment=speedrun"]),
         ("cook rl data=my", []),
         ("cook rl data=mi", ["data=mixture", "data=mine.py"]),

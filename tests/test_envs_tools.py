@@ -1,0 +1,213 @@
+"""Environments whose policies write SQL, searches and programs: right ones are told from wrong ones, hostile ones contained."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from envs import code_problems, python_tool, search_tool, text_to_sql
+from envs.database import Database, QueryError
+from envs.env import Env, Message, Problem
+from envs.sandbox import Unsandboxed, detect
+from envs.tools import ToolError, call
+
+
+def say(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def first(problems: Iterator[Problem], count: int = 1) -> list[Problem]:
+    return list(itertools.islice(problems, count))
+
+
+def use(env: Env, tool: str, **arguments: object) -> str:
+    return asyncio.run(call(env.tools, tool, arguments))
+
+
+def refused(env: Env, tool: str, **arguments: object) -> str:
+    with pytest.raises(ToolError) as caught:
+        use(env, tool, **arguments)
+    assert caught.value.kind == "failed"
+    return str(caught.value)
+
+
+def has_sandbox() -> bool:
+    try:
+        detect()
+    except Unsandboxed:
+        return False
+    return True
+
+
+sandboxed = pytest.mark.skipif(not has_sandbox(), reason="this machine can shut no program in")
+
+
+# ---- text_to_sql
+
+
+@pytest.fixture
+def sql_env() -> Iterator[Env]:
+    (problem,) = first(text_to_sql.problems(text_to_sql.Config(schemas=["shop"]), "train", 0))
+    (env,) = problem.make(1)
+    env.reset()
+    yield env
+    env.close()
+
+
+def test_a_query_is_judged_by_its_rows_not_its_words() -> None:
+    for problem in first(text_to_sql.problems(text_to_sql.Config(), "train", 3), 20):
+        (env,) = problem.make(1)
+        gold = env.question.sql  # type: ignore[attr-defined]
+        asked = env.reset()
+        assert isinstance(asked, list) and "SELECT" not in asked[0]["content"]
+        for reply, reward in [(f"```sql\n{gold};\n```", 1.0), (f"SELECT * FROM ({gold})", 1.0), ("SELECT 17", 0.0), ("", 0.0)]:
+            if reward == 1.0 and "ORDER BY" in gold and reply.startswith("SELECT"):
+                continue
+            assert env.step(say(reply)).reward == reward, (gold, reply)  # type: ignore[union-attr]
+        env.close()
+
+
+@pytest.mark.parametrize(
+    ("sql", "said"),
+    [
+        ("DROP TABLE customers", "query: only reading is allowed: one SELECT"),
+        ("INSERT INTO customers VALUES (1, 'x')", "query: only reading is allowed: one SELECT"),
+        ("ATTACH DATABASE '/tmp/stolen.db' AS stolen", "query: only reading is allowed: one SELECT"),
+        ("PRAGMA query_only = 0", "query: only reading is allowed: one SELECT"),
+        ("SELECT load_extension('x')", "query: "),
+        ("SELECT 1; SELECT 2", "query: one statement at a time"),
+        ("SELECT nothing FROM nowhere", "query: no such table: nowhere"),
+        ("SELECT '\ud800'", "query: "),
+        ("", "query: there is no SELECT"),
+    ],
+)
+def test_a_hostile_query_is_one_line(sql_env: Env, sql: str, said: str) -> None:
+    message = refused(sql_env, "query", sql=sql)
+    assert message.startswith(said) and "\n" not in message
+
+
+def test_a_query_without_end_is_stopped_and_a_large_result_is_cut(sql_env: Env) -> None:
+    endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT {} FROM n"
+    started = time.monotonic()
+    assert refused(sql_env, "query", sql=endless.format("max(i)")) == "query: stopped: the query takes too many steps"
+    assert time.monotonic() - started < 5
+    assert use(sql_env, "query", sql=endless.format("i")).endswith("... only the first 20 rows are shown")
+    assert "too big" in refused(sql_env, "query", sql="SELECT zeroblob(1000000000)")
+    assert sql_env.step(say(endless.format("i"))).reward == 0.0  # type: ignore[union-attr]
+
+
+def test_a_database_does_not_change() -> None:
+    database = Database("CREATE TABLE t (x); INSERT INTO t VALUES (1);")
+    for sql in ("DELETE FROM t", "UPDATE t SET x = 2", "CREATE TABLE u (y)", "BEGIN", "VACUUM INTO '/tmp/x.db'"):
+        with pytest.raises(QueryError):
+            database.query(sql, 10)
+    assert database.query("SELECT x FROM t", 10) == (["x"], [(1,)], False)
+
+
+# ---- search
+
+
+def test_a_search_finds_what_the_question_is_about() -> None:
+    for problem in first(search_tool.problems(search_tool.Config(), "train", 1), 10):
+        (env,) = problem.make(1)
+        conversation = list(env.reset())  # type: ignore[arg-type]
+        while calls := (reply := problem.solve(conversation) or {}).get("tool_calls"):
+            found = use(env, "search", **calls[0]["function"]["arguments"])
+            conversation += [reply, {"role": "tool", "name": "search", "content": found}]
+        assert env.step(reply).reward == 1.0 and env.step(say("nobody knows")).reward == 0.0  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("query", ['" OR 1', "a NEAR/99999 b", "title:x AND", "*", "((((", "x" * 100_000, "'; DROP TABLE x"])
+def test_a_query_is_words_and_never_syntax(query: str) -> None:
+    (problem,) = first(search_tool.problems(search_tool.Config(people=20), "train", 0))
+    (env,) = problem.make(1)
+    env.reset()
+    try:
+        assert isinstance(use(env, "search", query=query), str)
+    except ToolError as error:
+        assert "\n" not in str(error)
+
+
+# ---- python and code
+
+
+def python_env(**changes: float) -> Env:
+    config = python_tool.Config(cpu_seconds=1, seconds=4, memory_mb=256, disk_mb=2)
+    for key, value in changes.items():
+        setattr(config, key, value)
+    (problem,) = first(python_tool.problems(config, "train", 0))
+    return problem.make(1)[0]
+
+
+@sandboxed
+def test_a_program_runs_and_its_output_comes_back() -> None:
+    env = python_env()
+    assert use(env, "python", code="```python\nprint(6 * 7)\n```").strip() == "42"
+    assert use(env, "python", code="x = 1") == "(the program printed nothing)"
+    assert "ZeroDivisionError" in refused(env, "python", code="1 / 0")
+
+
+@sandboxed
+@pytest.mark.parametrize(
+    "code",
+    [
+        "while True: pass",
+        "import time; time.sleep(60)",
+        "import os\nwhile True: os.fork()",
+        "import subprocess; subprocess.run(['sleep', '60'])",
+        "x = bytearray(1 << 31)",
+        "open('big', 'wb').write(bytes(1 << 28))",
+        "print(open('/etc/passwd').read())",
+        "open('/tmp/cook-was-here', 'w').write('x')",
+        "import socket; socket.create_connection(('1.1.1.1', 80), 2)",
+        "import os, signal; os.kill(os.getppid(), signal.SIGKILL)",
+    ],
+    ids=["loop", "sleep", "fork", "exec", "memory", "disk", "read", "write", "network", "kill"],
+)
+def test_a_hostile_program_is_contained(code: str) -> None:
+    started = time.monotonic()
+    assert refused(python_env(), "python", code=code)
+    assert time.monotonic() - started < 10
+
+
+CODE = "```python\n{}\n```"
+
+
+@pytest.fixture(scope="module")
+def coding() -> tuple[Env, str, str]:
+    """An env, its gold reply, the name of the function."""
+    (problem,) = first(code_problems.problems(code_problems.Config(cpu_seconds=2, seconds=6), "train", 0))
+    (env,) = problem.make(1)
+    gold = problem.solve([])
+    assert gold
+    return env, str(gold["content"]), env.task["entry_point"]  # type: ignore[attr-defined]
+
+
+@sandboxed
+def test_tests_decide_about_code(coding: tuple[Env, str, str]) -> None:
+    env, gold, name = coding
+    result = env.step(say(gold))
+    assert (result.reward, result.metrics["format"]) == (1.0, 1.0)  # type: ignore[union-attr]
+    assert env.step(say(f"def {name}(*args):\n    return None")).reward == 0.0  # type: ignore[union-attr]
+
+
+@sandboxed
+@pytest.mark.parametrize(
+    "body",
+    [
+        "import sys; sys.exit(0)",
+        "import os; os._exit(0)",
+        "print('OK'); raise SystemExit(0)",
+        "class Any:\n        def __eq__(self, other): return True\n    return Any()",
+        "while True: pass",
+        "import builtins; builtins.AssertionError = type('E', (BaseException,), {}); return 0",
+    ],
+    ids=["exit", "_exit", "print", "eq", "loop", "assert"],
+)
+def test_tricks_do_not_pass(coding: tuple[Env, str, str], body: str) -> None:
+    env, _, name = coding
+    assert env.step(say(CODE.format(f"def {name}(*args):\n    {body}"))).reward == 0.0  # type: ignore[union-attr]

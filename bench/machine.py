@@ -38,19 +38,21 @@ def _memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def matmul_flops(dtype, device: str, rows: int = 2048, size: int = 2048, seconds: float = 0.5) -> float:
-    """Floating point operations per second of a large square-ish product on random data: the median of repeated calls."""
+def matmul_flops(dtype, device: str, seconds: float = 0.5) -> float:
+    """Floating point operations per second of a large square product on random data: the median of repeated calls."""
     import torch
 
+    rows = size = 2048 if device == "cpu" else 8192
     left = torch.randn(rows, size, device=device).to(dtype)
     right = torch.randn(size, size, device=device).to(dtype)
     return 2 * rows * size * size / _median_seconds(lambda: left @ right, device, seconds)
 
 
-def memory_bandwidth(device: str, size: int = 1 << 28, seconds: float = 0.5) -> float:
+def memory_bandwidth(device: str, seconds: float = 0.5) -> float:
     """Bytes per second between memory and processor: the faster of a large copy and a large matrix-vector product."""
     import torch
 
+    size = 1 << 28 if device == "cpu" else 1 << 31
     matrix, vector = torch.ones(size // 4096 // 4, 4096, device=device), torch.ones(4096, device=device)
     target = torch.empty_like(matrix)
     copied = 2 * size / _median_seconds(lambda: target.copy_(matrix), device, seconds)

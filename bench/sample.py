@@ -10,7 +10,8 @@ use); figures are medians over rounds, ratios medians of each round's ratio. Sam
 reply stops early. `generate` gets one left-padded batch and runs to its longest reply; only tokens asked for are counted.
 
   concurrency  prompts of 40-160 tokens, replies of 16-128, so many requests at once
-  decode       prompts of 16 tokens, replies of 128: the share of what memory bandwidth allows (weights and past once a step)
+  decode       prompts of 16 tokens, replies of 128: the share of what memory bandwidth allows (weights and past once a step),
+               from the base model and from one adapter (whose own bytes are not counted)
   adapters     the mixed requests from no, one and eight adapters of rank 32
   group        16 requests of one 512-token prompt and 16 new tokens, against 16 prompts that share nothing
   first        time to the first token, idle and with company
@@ -69,7 +70,9 @@ class Bench:
         self.model, rows, self.scratch = prepare(argparse.Namespace(**vars(args), batch=16) if args.shapes else _text(args))
         self.requests = Requests(rows, args.quick)
         self.row = rows[0]["tokens"][:129]
-        self.ours = self._worker("bench.sample_worker", "cook", adapters=8, dtype=args.dtype)
+        self.ours = self._worker(
+            "bench.sample_worker", "cook", adapters=args.adapters, dtype=args.dtype, cuda_graphs=not args.no_graphs
+        )
         self.peers: dict[str, Worker] = {}
         about = {"date": time.strftime("%Y-%m-%d"), "command": " ".join(["python -m bench.sample", *sys.argv[1:]])}
         model = {"model": args.shapes or args.model, "dtype": self.ours.ready["dtype"], "rounds": args.rounds}
@@ -79,6 +82,7 @@ class Bench:
         scratch = Path(self.scratch) / name
         scratch.mkdir(exist_ok=True)
         shared = {"model": self.model, "device": self.args.device, "row": self.row, "kv_tokens": self.args.kv_tokens}
+        shared["cuda_graphs"] = True
         return Worker(module, {**shared, "scratch": str(scratch), **job})
 
     def tokens_per_second(self, side: str, requests: list[list]) -> float:
@@ -124,16 +128,19 @@ def concurrency(bench: Bench) -> None:
 
 def decode(bench: Bench) -> None:
     num_prompt, num_new = 16, 32 if bench.args.quick else 128
-    for count in bench.args.counts:
+    for count, adapter in [(count, of) for count in bench.args.counts for of in (BASE, 0)]:
         rates, shares = [], []
-        for _ in range(bench.args.rounds):
-            rate = bench.tokens_per_second("cook", bench.requests.equal(count, num_prompt, num_new))
+        for number in range(bench.args.rounds + 1):
+            rate = bench.tokens_per_second("cook", bench.requests.equal(count, num_prompt, num_new, adapter))
+            if number == 0:  # puts the adapter beside the weights, captures graphs
+                continue
             bandwidth = bench.ours.ask({"do": "bandwidth"})["bytes_per_second"]
             past = count * (num_prompt + num_new / 2) * bench.ours.ready["kv_bytes"]
             rates.append(rate)
             shares.append(rate / count * (bench.ours.ready["weight_bytes"] + past) / bandwidth)
         found = {"tokens_per_second": round(statistics.median(rates), 1), "share": round(statistics.median(shares), 3)}
-        bench.add("decode", {"requests": count, **found, "gb_per_second": round(bandwidth / 1e9, 1)})
+        found |= {"requests": count, "adapters": int(adapter != BASE), "gb_per_second": round(bandwidth / 1e9, 1)}
+        bench.add("decode", found)
 
 
 def adapters(bench: Bench) -> None:
@@ -226,6 +233,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="of everything; default 3")
     parser.add_argument("--most-batched", type=int, default=256, help="generate_batch is left out above so many requests")
     parser.add_argument("--kv-tokens", type=int, help="room for keys and values of this engine, in tokens; default: by machine")
+    parser.add_argument("--no-graphs", action="store_true", help="start a decode step's kernels one by one")
+    parser.add_argument("--adapters", type=int, default=8, help="that this engine holds")
     parser.add_argument("--quick", action="store_true", help="one round, 1 and 16 requests, replies of at most 32 tokens")
     args = parser.parse_args()
     args.rounds = args.rounds or (1 if args.quick else 3)

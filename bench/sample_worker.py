@@ -32,7 +32,8 @@ class Bench:
         from core import EngineOptions, ServiceClient
 
         self.device = job["device"]
-        service = ServiceClient(job["scratch"], EngineOptions(job["dtype"], self.device, kv_tokens=job.get("kv_tokens")))
+        options = EngineOptions(job["dtype"], self.device, kv_tokens=job["kv_tokens"], cuda_graphs=job["cuda_graphs"])
+        service = ServiceClient(job["scratch"], options)
         opening = [service.create_lora_training_client(job["model"], rank=32, seed=i) for i in range(job["adapters"])]
         self.trainers = [future.result() for future in opening]
         for trainer in self.trainers:

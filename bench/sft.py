@@ -6,9 +6,9 @@
     uv run --group bench python -m bench.sft --shapes qwen3-8b --device cuda    # random weights of real shapes
 
 Both sides live in processes of their own and take turns, so that a drifting machine speed hits both; ratios are medians over
-rounds. Same model, same rows in the same order, rank 32 on attention and MLP (PEFT's all-linear), AdamW, the same tokens
-trained. TRL runs at COMPARED: its
-fastest of SETTINGS on a CPU, and packed.
+rounds. On a GPU, whose memory is for one of them, they run one after another. Same model, same rows in the same order, rank 32
+on attention and MLP (PEFT's all-linear), AdamW, the same tokens trained. TRL runs at COMPARED: its fastest of SETTINGS on a
+CPU, and packed; with --shapes at those settings of FULL that fit.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ SETTINGS: dict[str, dict] = {
     "bfd 1024": {"packing": "bfd", "max_length": 1024, "batch_size": 1, "accumulate": 3, "dtype": "bfloat16"},
 }
 COMPARED = ("unpacked, 1 row", "wrapped 2048")  # its fastest here, and packed to 2,048 tokens
+FULL: dict[str, dict] = {
+    "1 row of 2048": {"packing": None, "max_length": 2048, "batch_size": 1, "accumulate": 8, "dtype": "bfloat16"},
+    "2 rows of 2048": {"packing": None, "max_length": 2048, "batch_size": 2, "accumulate": 4, "dtype": "bfloat16"},
+    "4 rows of 2048": {"packing": None, "max_length": 2048, "batch_size": 4, "accumulate": 2, "dtype": "bfloat16"},
+}  # with --shapes, whose rows fill a pack
 
 
 class Worker:
@@ -68,27 +73,57 @@ def main() -> None:
     parser.add_argument("--shapes", help="qwen3-8b: random weights of that model's shapes (nothing is downloaded)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=8, help="steps of each side; the first is not counted")
-    parser.add_argument("--batch", type=int, default=16, help="sequences per step")
+    parser.add_argument("--batch", type=int, help="sequences per step; default 16, of full packs 8")
+    parser.add_argument("--token-budget", type=int, help="tokens per micro-batch of this engine; default: by machine")
     parser.add_argument("--tenants", type=int, default=0)
     parser.add_argument("--all-trl", action="store_true")
     args = parser.parse_args()
+    args.batch = args.batch or (8 if args.shapes else 16)
     if args.tenants:
         result = tenants(args)
     else:
-        result = against_trl(args, list(SETTINGS) if args.all_trl else list(COMPARED))
+        settings = FULL if args.shapes else {name: SETTINGS[name] for name in (SETTINGS if args.all_trl else COMPARED)}
+        result = one_after_another(args, settings) if args.device != "cpu" else against_trl(args, settings)
     RESULTS.mkdir(exist_ok=True)
     name = "sft-tenants" if args.tenants else "sft"
     with (RESULTS / f"{name}.jsonl").open("a") as file:
         file.write(json.dumps(result) + "\n")
 
 
-def against_trl(args: argparse.Namespace, names: list[str]) -> dict:
+def one_after_another(args: argparse.Namespace, settings: dict[str, dict]) -> dict:
     model, rows, scratch = prepare(args)
     shared = {"model": model, "device": args.device, "rows": rows, "probe": rows[:2], "scratch": scratch}
-    ours = Worker("bench.cook_worker", {**shared, "rows": [], "ranks": [32], "setting": {"dtype": "auto"}})
+    own = {"dtype": "auto", "token_budget": args.token_budget}
+    ours = Worker("bench.cook_worker", {**shared, "rows": [], "ranks": [32], "setting": own})
     result = header(args, ours)
-    for name in names:
-        setting = {**SETTINGS[name], "checkpointing": False}
+    batches = [[rows[(i * args.batch + j) % len(rows)] for j in range(args.batch)] for i in range(args.rounds)]
+    mine = [ours.ask({"do": "step", "work": [[0, batch]]}) for batch in batches]
+    flops = [ours.ask({"do": "peak"})["flops"] for _ in batches]
+    ours.end()
+    for name, setting in settings.items():
+        job = {**shared, "setting": {**setting, "checkpointing": False}, "rank": 32, "steps": args.rounds}
+        try:
+            peer = Worker("bench.trl_worker", job)
+            theirs = [peer.ask({"go": True}) for _ in batches]
+        except SystemExit as error:
+            if "OutOfMemory" not in str(error):
+                raise
+            print(f"TRL {name}: out of memory", flush=True)
+            continue
+        peer.end()
+        result["against"].append(summary(name, list(zip(mine, theirs, strict=True))[1:], flops[1:], ours, peer))
+        print(text(result["against"][-1]), flush=True)
+    return result
+
+
+def against_trl(args: argparse.Namespace, settings: dict[str, dict]) -> dict:
+    model, rows, scratch = prepare(args)
+    shared = {"model": model, "device": args.device, "rows": rows, "probe": rows[:2], "scratch": scratch}
+    own = {"dtype": "auto", "token_budget": args.token_budget}
+    ours = Worker("bench.cook_worker", {**shared, "rows": [], "ranks": [32], "setting": own})
+    result = header(args, ours)
+    for name, given in settings.items():
+        setting = {**given, "checkpointing": False}
         peer = Worker("bench.trl_worker", {**shared, "setting": setting, "rank": 32, "steps": args.rounds})
         pairs, flops = [], []
         for i in range(args.rounds):

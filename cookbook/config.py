@@ -100,6 +100,7 @@ class EngineConfig:
     token_budget: int | None = None  # tokens per micro-batch; null: by machine, written to config.yaml
     kv_tokens: int | None = None  # room for keys and values of what is being sampled, in tokens; null: by machine
     train_share: float = 0.5  # of the time, for training while samples wait too
+    cuda_graphs: bool = True  # capture decode steps on CUDA (off: to measure what it gains, or to debug)
 
 
 @dataclass

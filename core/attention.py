@@ -8,6 +8,7 @@ keys that lie after it.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
@@ -102,7 +103,7 @@ def make_layout(extents: Sequence[Extent], heads: Heads, device: torch.device, d
     grad_index = torch.empty(num_rows, heads.total, dtype=torch.int64)
     groups: list[Group] = []
     shared: list[Shared] = []
-    if varlen_kernel(device) is None:
+    if varlen_between(device, dtype) is None:
         out_offset = grad_offset = 0
         used: list[tuple[torch.Tensor, torch.Tensor]] = []  # rows used as prefix, where the gradients of their k and v lie
         for members, length in _group_alike(extents):
@@ -208,11 +209,11 @@ def _shared(
 
 def attend(qkv: torch.Tensor, layout: Layout, scaling: float) -> torch.Tensor:
     """Attention of packed rows: qkv [T, heads.total, size] (q and k already rotated) -> [T, heads.q * size]."""
-    kernel = varlen_kernel(qkv.device)
+    kernel = varlen_between(qkv.device, qkv.dtype)
     if kernel is not None:
-        heads = layout.heads
+        heads, ends, longest = layout.heads, layout.cu_seqlens, layout.max_length
         q, k, v = qkv.split([heads.q, heads.kv, heads.kv], dim=1)
-        return kernel(q, k, v, layout.cu_seqlens, layout.max_length, scaling).reshape(layout.num_rows, -1)
+        return kernel(q, k, v, ends, ends, longest, longest, scaling).reshape(layout.num_rows, -1)
     return _Grouped.apply(qkv, layout, scaling)
 
 
@@ -321,19 +322,16 @@ def _mask(group: Group, num_queries: int, num_keys: int, heads_per_kv: int, like
     return mask
 
 
-VarlenKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, float], torch.Tensor]
-_varlen: list[VarlenKernel | None] = []
+# (q, k, v, ends of the sequences' queries, of their keys, most queries, most keys, scaling); the last query sees the last key
+VarlenKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, int, float], torch.Tensor]
 
 
-def varlen_kernel(device: torch.device) -> VarlenKernel | None:
-    """torch.nn.attention.varlen.varlen_attn where this torch has it and the device is CUDA, else None."""
-    if device.type != "cuda":
-        return None
-    if not _varlen:
-        _varlen.append(_find_varlen())
-    return _varlen[0]
+def varlen_between(device: torch.device, dtype: torch.dtype) -> VarlenKernel | None:
+    """torch.nn.attention.varlen.varlen_attn where this torch has it, on CUDA and in bfloat16; else None."""
+    return _find_varlen() if device.type == "cuda" and dtype == torch.bfloat16 else None
 
 
+@functools.cache
 def _find_varlen() -> VarlenKernel | None:
     """Arguments moved between torch releases: pass what the signature names, refuse what lacks a scale or causality."""
     try:
@@ -346,12 +344,30 @@ def _find_varlen() -> VarlenKernel | None:
     causal = {"is_causal": True} if "is_causal" in names else {"window_size": (-1, 0)}
     gqa = {"enable_gqa": True} if "enable_gqa" in names else {}
 
-    def call(q, k, v, cu_seqlens, max_length, scaling):
-        if not gqa and q.shape[1] != k.shape[1]:
-            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    def call(q, k, v, q_ends, k_ends, most_queries, most_keys, scaling):
         return varlen_attn(
-            q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, cu_seqlens, max_length, max_length,
+            q.contiguous(), k.contiguous(), v.contiguous(), q_ends, k_ends, most_queries, most_keys,
             scale=scaling, **causal, **gqa,
         )  # fmt: skip
 
-    return call
+    def call_repeated(q, k, v, *rest):
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        return call(q, k, v, *rest)
+
+    return call if gqa or _agree(call, call_repeated) else call_repeated
+
+
+def _agree(one: VarlenKernel, other: VarlenKernel) -> bool:
+    """Whether two kernels give the same output and gradients where query heads share key-value heads."""
+    q, k, v = (torch.randn(6, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
+    ends = torch.tensor([0, 2, 6], dtype=torch.int32, device="cuda")
+
+    def results(kernel: VarlenKernel) -> list[torch.Tensor]:
+        a, b, c = (t.clone().requires_grad_() for t in (q, k, v))
+        out = kernel(a, b, c, ends, ends, 4, 4, 0.125)
+        return [out, *torch.autograd.grad(out.float().square().sum(), (a, b, c))]
+
+    try:
+        return all(torch.allclose(a, b, atol=0.05, rtol=0.05) for a, b in zip(results(one), results(other), strict=True))
+    except (RuntimeError, ValueError):
+        return False

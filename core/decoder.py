@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from core.attention import Extent, Heads, attend, make_layout
+from core.elementwise import Norm, normalise, normalise_backward
 from core.fused import (
     AttentionInput,
     AttentionOutput,
@@ -23,10 +24,6 @@ from core.fused import (
     Layer,
     Linear,
     Mlp,
-    Norm,
-    normalise,
-    normalise_backward,
-    rms,
 )
 from core.head import UNEMBED, Head, Part, run_head
 from core.lora import Geometry, Matrix, Segment, Site
@@ -224,8 +221,8 @@ class Decoder:
 
     def _head_input(self, x: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         selected = x if rows.selected is None else x.index_select(0, rows.selected)
-        inverse = rms(selected, self.final_norm.eps)
-        return normalise(selected, inverse, self.final_norm, self.dtype), selected, inverse
+        h, inverse = normalise(selected, self.final_norm, self.dtype)
+        return h, selected, inverse
 
     def _parts(self, rows: Rows) -> list[Part]:
         if rows.parts:

@@ -60,7 +60,8 @@ class Engine:
         self.token_budget = options.token_budget or default_token_budget(self.decoder)
         self.recompute = False
         self.base = Weights((-1, 0), LoraConfig(rank=1), Geometry({}, 0), torch.empty(0, 1, dtype=dtype, device=device))
-        self.sampler = Sampler(self.decoder, self.copies, options.kv_tokens or default_kv_tokens(self.decoder))
+        kv_tokens = options.kv_tokens or default_kv_tokens(self.decoder)
+        self.sampler = Sampler(self.decoder, self.copies, kv_tokens, capture=options.cuda_graphs)
         self.train_share = options.train_share
         self._arrivals: deque[SampleRequest] = deque()
         self._holds = 0  # while above 0, arrivals wait

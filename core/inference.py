@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
 
 from core.attention import BLOCK, Heads
 from core.decoder import Decoder
-from core.fused import Layer, normalise, rms, rotate
-from core.kv_cache import Pool, Slot
+from core.elementwise import normalise, rotate_heads, swiglu
+from core.kv_cache import Slabs, Slot
 
 KEYS_TO = 32  # keys of a decode step are padded to multiples of this: few distinct shapes
 
@@ -24,18 +26,35 @@ KEYS_TO = 32  # keys of a decode step are padded to multiples of this: few disti
 class Decode:
     """One new row for each of n sequences of one pool: slots [low, high), of which `rows` and `slots` are in use."""
 
-    pool: Pool
+    pool: Slabs
     low: int
     high: int
     rows: torch.Tensor  # [n] among the rows of the pass
     slots: torch.Tensor  # [n]
-    positions: torch.Tensor  # [n]
+    all_positions: torch.Tensor  # of every row of the pass
     dense: bool  # every slot of the range is in use, and the rows are all rows of the pass in slot order
+    positions: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # [n]
     num_keys: int = 0
     mask: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [slots in range, 1, 1, keys]
 
+    @classmethod
+    def of(cls, slots: Sequence[Slot], positions: torch.Tensor) -> list[Decode]:
+        """Of the slots of each pool, in row order."""
+        rows_of: dict[Slabs, list[int]] = {}
+        for row, slot in enumerate(slots):
+            rows_of.setdefault(cast(Slabs, slot.pool), []).append(row)
+        found = []
+        for pool, rows in rows_of.items():
+            taken = [slots[row].index for row in rows]
+            low, high = min(taken), max(taken) + 1
+            dense = len(rows) == len(slots) and taken == list(range(low, high))
+            of_rows, of_slots = (torch.tensor(numbers, device=positions.device) for numbers in (rows, taken))
+            found.append(cls(pool, low, high, of_rows, of_slots, positions, dense))
+        return found
+
     def ready(self, dtype: torch.dtype) -> None:
-        """Set the mask to the current positions."""
+        """Set positions and mask to those of the new tokens."""
+        self.positions = self.all_positions if self.dense else self.all_positions.index_select(0, self.rows)
         self.num_keys = -(-(int(self.positions.max()) + 1) // KEYS_TO) * KEYS_TO
         last = torch.zeros(self.high - self.low, dtype=torch.int64, device=self.slots.device)
         last[self.slots - self.low] = self.positions
@@ -44,14 +63,13 @@ class Decode:
         self.mask = mask[:, None, None]
 
     def attend(self, layer: int, q: torch.Tensor, kv: torch.Tensor, scaling: float, heads: Heads, out: torch.Tensor) -> None:
-        """q [T, heads.q, size], kv [T, 2 * heads.kv, size] (k heads, then v heads); writes rows of out [T, heads.q, size]."""
         k, v = self.pool.k[layer], self.pool.v[layer]
         mine = kv if self.dense else kv.index_select(0, self.rows)
         k[self.slots, :, :, self.positions] = mine[:, : heads.kv]
         v[self.slots, :, self.positions] = mine[:, heads.kv :]
         n = self.high - self.low
         if self.dense:
-            spread = q
+            spread = q.contiguous()
         else:
             spread = q.new_zeros(n, *q.shape[1:])
             spread[self.slots - self.low] = q.index_select(0, self.rows)
@@ -77,24 +95,31 @@ class Prefill:
     length: int
     position: int
 
+    @classmethod
+    def of(cls, parts: Sequence[tuple[Slot, int, int]]) -> list[Prefill]:
+        """Of (slot, number of new rows, position of the first), one after another."""
+        starts = accumulate((length for _, length, _ in parts), initial=0)
+        return [cls(slot, start, length, position) for start, (slot, length, position) in zip(starts, parts, strict=False)]
+
     def attend(self, layer: int, q: torch.Tensor, kv: torch.Tensor, scaling: float, heads: Heads, out: torch.Tensor) -> None:
         rows, end = slice(self.start, self.start + self.length), self.position + self.length
-        k, v = self.slot.pool.k[layer, self.slot.index], self.slot.pool.v[layer, self.slot.index]
+        pool = cast(Slabs, self.slot.pool)
+        k, v = pool.k[layer, self.slot.index], pool.v[layer, self.slot.index]
         k[:, :, self.position : end] = kv[rows, : heads.kv].permute(1, 2, 0)
         v[:, self.position : end] = kv[rows, heads.kv :].transpose(0, 1)
-        grouped = q[rows].view(self.length, heads.kv, heads.group, heads.size).permute(1, 0, 2, 3)
+        grouped = q[rows].unflatten(1, (heads.kv, heads.group)).permute(1, 0, 2, 3)
         for start in range(0, self.length, BLOCK):
             stop = min(start + BLOCK, self.length)
             num_keys = self.position + stop
             block = grouped[:, start:stop].reshape(heads.kv, -1, heads.size)
             scores = torch.bmm(block, k[:, :, :num_keys])
-            mask = _causal(stop - start, num_keys, heads.group, scores)
+            mask = causal(stop - start, num_keys, heads.group, scores)
             weights = torch.softmax(torch.add(mask, scores, alpha=scaling, out=scores), dim=-1)
             attended = torch.bmm(weights, v[:, :num_keys]).view(heads.kv, stop - start, heads.group, heads.size)
             out[self.start + start : self.start + stop] = attended.transpose(0, 1).reshape(stop - start, heads.q, heads.size)
 
 
-def _causal(num_queries: int, num_keys: int, group: int, like: torch.Tensor) -> torch.Tensor:
+def causal(num_queries: int, num_keys: int, group: int, like: torch.Tensor) -> torch.Tensor:
     hidden = torch.ones(num_queries, num_keys, dtype=torch.bool, device=like.device).triu(num_keys - num_queries + 1)
     return torch.zeros_like(hidden, dtype=like.dtype).masked_fill_(hidden, float("-inf")).repeat_interleave(group, 0)
 
@@ -102,56 +127,42 @@ def _causal(num_queries: int, num_keys: int, group: int, like: torch.Tensor) -> 
 AddAdapters = Callable[[torch.Tensor, torch.Tensor, str], object]  # (x, y, site): y += what the rows' adapters make of x
 
 
+class Attention(Protocol):
+    """Attention of some rows of a pass, whose keys and values it also puts away."""
+
+    def attend(self, layer: int, q: torch.Tensor, kv: torch.Tensor, scaling: float, heads: Heads, out: torch.Tensor) -> None:
+        """q [T, heads.q, size], kv [T, 2 * heads.kv, size] (k heads, then v heads); writes rows of out [T, heads.q, size]."""
+        ...
+
+
 def run(
     decoder: Decoder,
     tokens: torch.Tensor,
     positions: torch.Tensor,
     add: AddAdapters,
-    work: Sequence[Decode] | Sequence[Prefill],
+    work: Sequence[Attention],
 ) -> torch.Tensor:
     """The residual stream after the last layer for new rows: tokens [T], positions [T] -> [T, d] fp32."""
     x = F.embedding(tokens, decoder.embedding).float()
     cos, sin = decoder.rotary_tables(x, positions)
     heads, dtype = decoder.heads, decoder.dtype
-    q = torch.empty(len(x), heads.q, heads.size, dtype=dtype, device=x.device)
-    kv = torch.empty(len(x), 2 * heads.kv, heads.size, dtype=dtype, device=x.device)
-    attended = torch.empty_like(q)
+    attended = torch.empty(len(x), heads.q, heads.size, dtype=dtype, device=x.device)
     for index, layer in enumerate(decoder.layers):
-        _project(x, layer, heads, cos, sin, add, dtype, q, kv)
+        h, _ = normalise(x, layer.attention_norm, dtype)
+        y = F.linear(h, layer.qkv.weight, layer.qkv.bias)
+        add(h, y, layer.qkv.site)
+        qkv = rotate_heads(y.view(-1, heads.total, heads.size), cos, sin, heads, layer.head_norms)
         for part in work:
-            part.attend(index, q, kv, decoder.scaling, heads, attended)
+            part.attend(index, qkv[:, : heads.q], qkv[:, heads.q :], decoder.scaling, heads, attended)
         a = attended.view(len(x), -1)
         y = F.linear(a, layer.output.weight, layer.output.bias)
         add(a, y, layer.output.site)
         x.add_(y)
-        _mlp(x, layer, add, dtype)
+        h, _ = normalise(x, layer.mlp_norm, dtype)
+        gate_up = F.linear(h, layer.gate_up.weight, layer.gate_up.bias)
+        add(h, gate_up, layer.gate_up.site)
+        a = swiglu(gate_up)
+        y = F.linear(a, layer.down.weight, layer.down.bias)
+        add(a, y, layer.down.site)
+        x.add_(y)
     return x
-
-
-def _project(
-    x: torch.Tensor, layer: Layer, heads: Heads, cos: torch.Tensor, sin: torch.Tensor, add: AddAdapters,
-    dtype: torch.dtype, q: torch.Tensor, kv: torch.Tensor,
-) -> None:  # fmt: skip
-    """Rotated q, rotated k and v of every row."""
-    h = normalise(x, rms(x, layer.attention_norm.eps), layer.attention_norm, dtype)
-    y = F.linear(h, layer.qkv.weight, layer.qkv.bias)
-    add(h, y, layer.qkv.site)
-    y = y.view(-1, heads.total, heads.size)
-    raw_q, raw_k = y[:, : heads.q], y[:, heads.q : heads.q + heads.kv]
-    if layer.q_norm is not None and layer.k_norm is not None:
-        raw_q = normalise(raw_q, rms(raw_q, layer.q_norm.eps), layer.q_norm, dtype)
-        raw_k = normalise(raw_k, rms(raw_k, layer.k_norm.eps), layer.k_norm, dtype)
-    rotate(raw_q, cos, sin, q)
-    rotate(raw_k, cos, sin, kv[:, : heads.kv])
-    kv[:, heads.kv :] = y[:, heads.q + heads.kv :]
-
-
-def _mlp(x: torch.Tensor, layer: Layer, add: AddAdapters, dtype: torch.dtype) -> None:
-    h = normalise(x, rms(x, layer.mlp_norm.eps), layer.mlp_norm, dtype)
-    gate_up = F.linear(h, layer.gate_up.weight, layer.gate_up.bias)
-    add(h, gate_up, layer.gate_up.site)
-    gate, up = gate_up.chunk(2, dim=1)
-    a = F.silu(gate).mul_(up)
-    y = F.linear(a, layer.down.weight, layer.down.bias)
-    add(a, y, layer.down.site)
-    x.add_(y)

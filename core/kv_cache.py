@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Hashable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
+from typing import final
 
 import torch
 
@@ -32,15 +34,43 @@ class Slot:
     used: int = 0  # when it was last taken or left
 
 
-class Pool:
-    """Slots of one capacity: k [layers, slots, kv, size, capacity + PADDING] and v [layers, slots, kv, capacity, size]."""
+class Pool(ABC):
+    """Slots of one capacity."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.num_busy = capacity, 0
+        self.slots: list[Slot] = []
+
+    @abstractmethod
+    def grow(self, count: int) -> None:
+        """More slots."""
+
+    @abstractmethod
+    def copy(self, source: Slot, target: Slot, num_tokens: int) -> None:
+        """The first tokens of `source` (of any pool) into `target`."""
+
+    @abstractmethod
+    def clear(self, slot: Slot) -> None:
+        """Zeros in place of what the slot holds."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """The pool goes; nobody uses its slots."""
+
+    def place_for(self, slot: Slot) -> Slot:
+        """Where a sequence that keeps running had better lie."""
+        return slot
+
+
+@final
+class Slabs(Pool):
+    """k [layers, slots, kv, size, capacity + PADDING] and v [layers, slots, kv, capacity, size]: for batched products."""
 
     def __init__(
         self, capacity: int, most: int, num_layers: int, heads: Heads, dtype: torch.dtype, device: torch.device
     ) -> None:
         """`most`: slots that it can ever have. On a CPU memory is taken page by page as slots are first used."""
-        self.capacity, self.num_busy = capacity, 0
-        self.slots: list[Slot] = []
+        super().__init__(capacity)
         room = most if device.type == "cpu" else 0
         self.k = _zeros((num_layers, room, heads.kv, heads.size, capacity + PADDING), dtype, device)
         self.v = _zeros((num_layers, room, heads.kv, capacity, heads.size), dtype, device)
@@ -53,10 +83,23 @@ class Pool:
                 setattr(self, name, torch.cat([old, old.new_zeros(len(old), missing, *old.shape[2:])], dim=1))
 
     def copy(self, source: Slot, target: Slot, num_tokens: int) -> None:
-        """The first tokens of `source` (of any pool) into `target`."""
-        n = num_tokens
-        self.k[:, target.index, :, :, :n] = source.pool.k[:, source.index, :, :, :n]
-        self.v[:, target.index, :, :n] = source.pool.v[:, source.index, :, :n]
+        n, pool = num_tokens, source.pool
+        assert isinstance(pool, Slabs)
+        self.k[:, target.index, :, :, :n] = pool.k[:, source.index, :, :, :n]
+        self.v[:, target.index, :, :n] = pool.v[:, source.index, :, :n]
+
+    def clear(self, slot: Slot) -> None:
+        self.k[:, slot.index] = 0
+        self.v[:, slot.index] = 0
+
+    def release(self) -> None:
+        pass
+
+    def place_for(self, slot: Slot) -> Slot:
+        """A lower slot: a step computes all slots up to the last busy one, idle ones too."""
+        if slot.index < self.num_busy + self.num_busy // 8:
+            return slot
+        return next(other for other in self.slots if not other.busy)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -70,9 +113,9 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 class KvCache:
     """Pools by capacity, at most `max_tokens` of room in all."""
 
-    def __init__(self, num_layers: int, heads: Heads, dtype: torch.dtype, device: torch.device, max_tokens: int) -> None:
-        self.num_layers, self.heads, self.dtype, self.device = num_layers, heads, dtype, device
-        self.max_tokens = max_tokens
+    def __init__(self, new_pool: Callable[[int, int], Pool], max_tokens: int) -> None:
+        """`new_pool` makes one of a capacity with at most so many slots."""
+        self.new_pool, self.max_tokens = new_pool, max_tokens
         self.pools: dict[int, Pool] = {}
         self._clock = 0
 
@@ -113,12 +156,11 @@ class KvCache:
         return slot, common
 
     def moved_down(self, slot: Slot) -> Slot:
-        """The slot, or where its sequence has moved: a step computes all slots up to the last busy one, idle ones too."""
-        pool = slot.pool
-        if slot.index < pool.num_busy + pool.num_busy // 8:
+        """The slot, or where its sequence has moved."""
+        lower = slot.pool.place_for(slot)
+        if lower is slot:
             return slot
-        lower = next(other for other in pool.slots if not other.busy)
-        pool.copy(slot, lower, len(slot.tokens))
+        slot.pool.copy(slot, lower, len(slot.tokens))
         lower.tokens, lower.weights, lower.busy = slot.tokens, slot.weights, True
         slot.tokens, slot.weights, slot.busy = [], None, False
         self._touch(lower)
@@ -131,8 +173,7 @@ class KvCache:
         self._touch(slot)
         if spoilt:
             slot.tokens, slot.weights = [], None
-            slot.pool.k[:, slot.index] = 0
-            slot.pool.v[:, slot.index] = 0
+            slot.pool.clear(slot)
 
     def forget(self, weights: Hashable) -> None:
         """Nobody will ask for these weights again."""
@@ -172,9 +213,7 @@ class KvCache:
             self._drop_idle_pools(but={capacity, keep.pool.capacity if keep is not None else 0}, want=want)
         if (count := min(want, self.room) // capacity) > 0:
             if pool is None:
-                most = self.max_tokens // capacity
-                pool = Pool(capacity, most, self.num_layers, self.heads, self.dtype, self.device)
-                self.pools[capacity] = pool
+                pool = self.pools[capacity] = self.new_pool(capacity, self.max_tokens // capacity)
             pool.grow(count)
             return pool.slots[-count]
         return oldest if oldest is not None or not idle else idle[0]
@@ -184,6 +223,7 @@ class KvCache:
             if self.room >= want:
                 return
             if capacity not in but and not any(slot.busy for slot in pool.slots):
+                pool.release()
                 del self.pools[capacity]
 
 

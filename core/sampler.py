@@ -16,17 +16,19 @@ from functools import partial
 
 import torch
 
+from core.captured import Steps
 from core.datum import SampledSequence, SampleResponse, SamplingParams
 from core.decoder import Decoder
 from core.futures import Future
-from core.inference import Decode, Prefill, run
-from core.kv_cache import KvCache, Pool, Slot
+from core.inference import Attention, Decode, Prefill, run
+from core.kv_cache import KvCache, Pool, Slabs, Slot
 from core.lora import ComputeCopies, Segment, Weights, add_lora
 from core.packing import bins, make_segment
+from core.paged import PAGE, PagedDecode, PagedPrefill, Pages
 from core.sampling import Choice, Head, pick
 from core.stacked import StackedRows, Stacks
 
-PREFILL_ROWS = 1024  # new prompt tokens per pass; decoding goes on between passes
+PREFILL_ROWS = {"cpu": 1024, "cuda": 8192}  # new prompt tokens per pass; decoding goes on between passes
 DIVERGED = "the model's logits are not finite: the adapter has diverged"
 
 
@@ -70,9 +72,21 @@ class Continuation:
 class Sampler:
     """The requests of one engine. `submit` is for the engine too: it hands over what clients have queued."""
 
-    def __init__(self, decoder: Decoder, copies: ComputeCopies, kv_tokens: int) -> None:
+    def __init__(
+        self, decoder: Decoder, copies: ComputeCopies, kv_tokens: int, paged: bool | None = None, capture: bool = True
+    ) -> None:
+        """`paged`: keys and values in pages, by default on CUDA; there steps are captured as graphs if `capture`."""
         self.decoder, self.copies = decoder, copies
-        self.cache = KvCache(len(decoder.layers), decoder.heads, decoder.dtype, decoder.device, kv_tokens)
+        sizes = len(decoder.layers), decoder.heads, decoder.dtype, decoder.device
+        on_cuda = decoder.device.type == "cuda"
+        self.pages = Pages(*sizes, kv_tokens) if (on_cuda if paged is None else paged) else None
+        self.steps = Steps(decoder, self.pages) if on_cuda and capture and self.pages is not None else None
+
+        def slabs(capacity: int, most: int) -> Pool:
+            return Slabs(capacity, most, *sizes)
+
+        self.cache = KvCache(self.pages.new_pool if self.pages is not None else slabs, kv_tokens // PAGE * PAGE)
+        self.page_width = -(-min(decoder.max_length, kv_tokens) // PAGE)
         self._waiting: deque[Continuation] = deque()
         self._filling: list[Continuation] = []
         self._running: list[Continuation] = []
@@ -180,7 +194,7 @@ class Sampler:
     def _prefill(self) -> None:
         """The next tokens of the prompts being computed, as many as a pass takes."""
         chosen: list[tuple[Continuation, int, int]] = []  # sequence, from, to
-        room = PREFILL_ROWS
+        room = PREFILL_ROWS[self.decoder.device.type]
         for sequence in self._filling:
             assert sequence.slot is not None
             start, end = len(sequence.slot.tokens), len(sequence.request.prompt) - 1
@@ -190,17 +204,17 @@ class Sampler:
             if room == 0:
                 break
         chosen.sort(key=lambda part: _adapter_order(part[0]))
-        parts, tokens, positions, row = [], [], [], 0
+        parts, tokens, positions = [], [], []
         for sequence, start, stop in chosen:
             assert sequence.slot is not None
-            parts.append(Prefill(sequence.slot, row, stop - start, start))
+            parts.append((sequence.slot, stop - start, start))
             tokens += sequence.tokens[start:stop]
             positions += range(start, stop)
-            row += stop - start
         device = self.decoder.device
+        work: Sequence[Attention] = [PagedPrefill(self.pages, parts)] if self.pages is not None else Prefill.of(parts)
         segments = self._segments([(s.request.weights, stop - start) for s, start, stop in chosen])
         add = partial(add_lora, segments=segments)
-        run(self.decoder, torch.tensor(tokens, device=device), torch.tensor(positions, device=device), add, parts)
+        run(self.decoder, torch.tensor(tokens, device=device), torch.tensor(positions, device=device), add, work)
         for sequence, _, stop in chosen:
             assert sequence.slot is not None
             sequence.slot.tokens = sequence.tokens[:stop]
@@ -214,9 +228,11 @@ class Sampler:
     def _decode(self) -> None:
         batch = self._batch = self._batch or self._make_batch()
         device = self.decoder.device
-        for part in batch.parts:
-            part.ready(self.decoder.dtype)
-        x = run(self.decoder, batch.tokens, batch.positions, batch.add, batch.parts)
+        x = self._captured(batch)
+        if x is None:
+            for part in batch.parts:
+                part.ready(self.decoder.dtype)
+            x = run(self.decoder, batch.tokens, batch.positions, batch.add, batch.parts)
         head = Head(self.decoder, x, batch.adapters)
         if batch.fresh:
             self._first_shift(head, batch)
@@ -224,14 +240,19 @@ class Sampler:
         picked = pick(head, batch.shift, batch.choice, uniform)
         batch.tokens, batch.shift = picked.tokens, picked.shift
         batch.positions += 1
-        for part in batch.parts:
-            part.positions += 1
         tokens, logprobs = picked.tokens.tolist(), picked.logprobs.tolist()
         for sequence, token, logprob in zip(batch.sequences, tokens, logprobs, strict=True):
             self._advance(sequence, token, logprob)
         if any(s.stop_reason is not None for s in batch.sequences):
             for sequence, shift in zip(batch.sequences, batch.shift.tolist(), strict=True):
                 sequence.shift = shift
+
+    def _captured(self, batch: Batch) -> torch.Tensor | None:
+        if self.steps is None:
+            return None
+        (work,) = batch.parts
+        assert isinstance(work, PagedDecode)
+        return self.steps.run(batch.tokens, batch.positions, work, batch.adapters)
 
     def _advance(self, sequence: Continuation, token: int, logprob: float) -> None:
         assert sequence.slot is not None
@@ -256,21 +277,17 @@ class Sampler:
         self._running.sort(key=lambda s: (_adapter_order(s), _slot_order(s)))
         sequences, device = self._running, self.decoder.device
         tensor = partial(torch.tensor, device=device)
-        positions = [len(s.tokens) - 1 for s in sequences]
-        parts = []
-        pools: dict[Pool, list[int]] = {}
-        for row, sequence in enumerate(sequences):
-            assert sequence.slot is not None
-            pools.setdefault(sequence.slot.pool, []).append(row)
-        for pool, rows in pools.items():
-            slots = [s.slot.index for s in (sequences[row] for row in rows) if s.slot is not None]
-            low, high = min(slots), max(slots) + 1
-            dense = len(rows) == len(sequences) and slots == list(range(low, high))
-            parts.append(Decode(pool, low, high, tensor(rows), tensor(slots), tensor([positions[r] for r in rows]), dense))
+        positions = tensor([len(s.tokens) - 1 for s in sequences])
+        slots = [s.slot for s in sequences if s.slot is not None]
+        parts: list[Decode] | list[PagedDecode] = (
+            [PagedDecode.of(self.pages, slots, positions, self.page_width)]
+            if self.pages is not None
+            else Decode.of(slots, positions)
+        )
         return Batch(
             list(sequences),
             tensor([s.tokens[-1] for s in sequences]),
-            tensor(positions),
+            positions,
             self._stacks.rows_of(_counted((s.request.weights, 1) for s in sequences), device),
             parts,
             Choice.of([s.request.params for s in sequences], device),
@@ -309,7 +326,7 @@ class Batch:
     tokens: torch.Tensor  # [n] the next inputs
     positions: torch.Tensor
     adapters: list[StackedRows]
-    parts: list[Decode]
+    parts: list[Decode] | list[PagedDecode]  # they read `positions`
     choice: Choice
     shift: torch.Tensor  # [n] fp32
     fresh: list[int]  # rows without a shift

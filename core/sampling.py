@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from core.datum import SamplingParams
 from core.decoder import Decoder
-from core.fused import normalise, rms
+from core.elementwise import normalise
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Head:
     def __init__(self, decoder: Decoder, x: torch.Tensor, adapters: Sequence[UnembedAdapters]) -> None:
         """x [n, d] fp32, the residual stream after the last layer."""
         self.head, norm = decoder.head, decoder.final_norm
-        self.h = normalise(x, rms(x, norm.eps), norm, decoder.dtype)
+        self.h, _ = normalise(x, norm, decoder.dtype)
         self.adapted = [adapted for one in adapters if (adapted := one.unembed(self.h)) is not None]
 
     def logits(self, shift: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from core.head import UNEMBED
 from core.lora import ComputeCopies, Weights
 
 BLOCK_RANK = 128  # up to here the B's of a site are one block-diagonal factor: one product instead of several
+MOST_SPARE = 4  # stacks that nobody uses, kept for others of their kind
 CONCAT_RANK = 256  # up to here, all adapters together, masked columns cost less than products of a few rows each
 
 
@@ -34,13 +35,39 @@ class Stack:
     """N adapters of one rank and geometry in the compute dtype."""
 
     def __init__(self, members: Sequence[Weights], copies: ComputeCopies) -> None:
-        self.members, self.scale, self.dtype = list(members), members[0].scale, copies.dtype
-        self.place = {weights.key: i for i, weights in enumerate(members)}
-        rank = members[0].config.rank
-        self.concat = len(members) == 1 or len(members) * rank <= CONCAT_RANK
-        factors = [copies.get([weights]) for weights in members]
+        self.members, self.scale, self.copies = list(members), members[0].scale, copies
+        self.dtype, self.on_cpu = copies.dtype, members[0].params.device.type == "cpu"
+        self.concat = not self.on_cpu or len(members) == 1 or len(members) * self.rank <= CONCAT_RANK
+        self.place: dict[tuple[int, int], int] = {}
         self.sites: dict[str, StackedSite] = {}
         self.unembed: tuple[torch.Tensor, torch.Tensor] | None = None  # A [d, N * R], B [V, N * R]
+        self._fill(members)
+
+    @property
+    def rank(self) -> int:
+        return self.members[0].config.rank
+
+    def refill(self, members: Sequence[Weights]) -> None:
+        """Other adapters of the same kind in the same tensors: what refers to these stays valid."""
+        assert len(members) == len(self.members) and _alike(members[0], self.members[0])
+        old_sites, old_unembed = self.sites, self.unembed
+        self._fill(members)
+        for name, old in old_sites.items():
+            new = self.sites[name]
+            old.a.copy_(new.a)
+            for (mine, _, _), (theirs, _, _) in zip(old.b, new.b, strict=True):
+                mine.copy_(theirs)
+        if old_unembed is not None and self.unembed is not None:
+            for mine, theirs in zip(old_unembed, self.unembed, strict=True):
+                mine.copy_(theirs)
+        self.sites, self.unembed = old_sites, old_unembed
+
+    def _fill(self, members: Sequence[Weights]) -> None:
+        self.members = list(members)
+        self.place = {weights.key: i for i, weights in enumerate(members)}
+        self.sites = {}
+        rank = self.rank
+        factors = [self.copies.get([weights]) for weights in members]
         for name, rows in members[0].geometry.sites.items():
             a = [f[rows.a].view(rows.site.d_in, -1, rank) for f in factors]  # [d_in, m, R]
             if name == UNEMBED:
@@ -129,6 +156,7 @@ class Stacks:
     def __init__(self, copies: ComputeCopies) -> None:
         self.copies = copies
         self._made: dict[tuple, Stack] = {}
+        self._spare: list[Stack] = []  # on CUDA: their tensors are part of captured steps
 
     def rows_of(self, owners: Sequence[tuple[Weights, int]], device: torch.device) -> list[StackedRows]:
         """`owners` in row order, like ranks and geometries side by side; adapters without a geometry get nothing."""
@@ -145,20 +173,36 @@ class Stacks:
                 found.append(StackedRows(stack, start, group, device))
             start += sum(rows for _, rows in group)
             i = j
+        self._spare += [stack for stack in self._made.values() if not stack.on_cpu and stack not in used.values()]
         self._made = used
         return found
 
     def clear(self) -> None:
         """Let go of the adapters."""
+        self._spare += [stack for stack in self._made.values() if not stack.on_cpu]
+        self._spare = self._spare[-MOST_SPARE:]
         self._made = {}
+        for stack in self._spare:
+            stack.members = [_nobody(weights) for weights in stack.members]
 
     def _stack(self, members: list[Weights]) -> Stack:
-        """One that was in use a step ago and holds all of them, else a new one."""
+        """One that was in use a step ago and holds all of them, else a spare one with other adapters, else a new one."""
         keys = {weights.key for weights in members}
         for stack in self._made.values():
             if keys <= stack.place.keys() and len(stack.members) <= 2 * len(keys):
                 return stack
+        for stack in self._spare:
+            if len(stack.members) == len(members) and _alike(stack.members[0], members[0]):
+                self._spare.remove(stack)
+                if [weights.key for weights in members] != list(stack.place):
+                    stack.refill(members)
+                return stack
         return Stack(members, self.copies)
+
+
+def _nobody(weights: Weights) -> Weights:
+    """The kind of an adapter without its parameters."""
+    return Weights(weights.key, weights.config, weights.geometry, weights.params.new_empty(0, 0))
 
 
 def _alike(a: Weights, b: Weights) -> bool:

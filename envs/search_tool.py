@@ -1,4 +1,4 @@
-"""Questions over a corpus that only a search tool can see: a made-up world, or documents of yours."""
+"""Questions over a corpus behind a search tool: a made-up world, or documents of yours."""
 
 from __future__ import annotations
 

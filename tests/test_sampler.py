@@ -269,7 +269,7 @@ def test_more_than_there_is_room_for_waits(tmp_path: Path) -> None:
 def test_a_long_prompt_is_computed_in_parts(sampler: SamplingClient) -> None:
     from core import sampler as module
 
-    assert module.PREFILL_ROWS >= 1024 > CONTEXT - 24
+    assert module.PREFILL_ROWS["cpu"] >= 1024 > CONTEXT - 24
     many = [prompt(CONTEXT - 24, i) for i in range(3)]  # together more than one pass takes
     futures = [ask(sampler, tokens, max_tokens=3) for tokens in many]
     for tokens, future in zip(many, futures, strict=True):

@@ -208,6 +208,10 @@ def _start(composed: Composed, cfg: str | None, dry_run: bool = False, run_dir: 
     if cfg:
         print(composed.yaml, end="")
         return None
+    if dry_run and composed.recipe.startswith("rl/"):
+        from cookbook.rl_dryrun import dry_run as estimate_rl
+
+        return estimate_rl(composed.config, _console())
     if dry_run:
         from cookbook.dryrun import dry_run as estimate
 

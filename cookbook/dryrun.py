@@ -25,6 +25,12 @@ MEASURED_SECONDS = 0.3
 STREAM_STEPS = 8  # batches of a stream that are looked at
 
 
+class EnginesConfig(Protocol):
+    """What an estimate of memory reads of a recipe's Config."""
+
+    engine: EngineConfig
+
+
 class SupervisedConfig(RecipeConfig, Protocol):
     """The keys of a recipe's Config that a dry run needs besides those of its data."""
 
@@ -76,7 +82,7 @@ def dry_run(kind: str, config: SupervisedConfig, console: Console | None = None)
     from cookbook.service import adapter_directory, connect
 
     if kind != "sft":
-        raise UsageError("--dry-run knows the recipes of recipes/sft only")
+        raise UsageError("--dry-run knows the recipes of recipes/sft and recipes/rl only")
     options = connect(config.service, Path("checkpoints"), config.engine).options
     if config.init_from is not None:
         adapter_directory(config.init_from)
@@ -200,7 +206,7 @@ def token_budget(asked: int | None, shape: Shape, element: int, device: torch.de
     return machine.token_budget(device, activation_bytes(shape, element), reserved=shape.num_parameters * element)
 
 
-def memory_lines(shape: Shape, config: SupervisedConfig, plan: Plan, dtype: torch.dtype, device: torch.device) -> list[str]:
+def memory_lines(shape: Shape, config: EnginesConfig, plan: Plan, dtype: torch.dtype, device: torch.device) -> list[str]:
     """Base, adapter (fp32 weights, gradient and two moments, a copy and a gradient in the compute dtype), activations.
 
     A lower bound: attention weights and what the allocator keeps come on top. While a base is loaded on a CPU it is there

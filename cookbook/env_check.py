@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from cookbook.env_drive import Outcome, Policy, attempts, seats, settled
+from cookbook.env_drive import Outcome, Policy, attempts, opening, seats
 from cookbook.environments import problem_stream
 from cookbook.messages import template_messages
 from envs.env import Message, Problem
@@ -56,7 +56,7 @@ def check_problems(train: Sequence[Problem], held_out: Sequence[Problem], again:
         _messages(trials),
         _solutions(trials),
         _junk(trials),
-        _repeats(trained, [asyncio.run(_start(problem)) for problem in again]),
+        _repeats(trained, [asyncio.run(opening(problem))[0] for problem in again]),
         _apart(trained, trials[len(train) :]),
     ]
 
@@ -65,7 +65,7 @@ async def try_problem(problem: Problem, junk: str) -> Trial:
     """The solution at one seat and junk at the others, for each seat in turn: in a game junk loses to the solution."""
     start: list[Message] = []
     try:
-        start = await _start(problem)
+        start = (await opening(problem))[0]
         if problem.solve(start) is None:
             outcomes = await _played(problem, [_junk_policy(junk)] * len(seats(problem)))
             return Trial(start, None, min(outcomes, key=lambda outcome: outcome.reward))
@@ -89,16 +89,6 @@ async def try_problem(problem: Problem, junk: str) -> Trial:
 
 async def _played(problem: Problem, policies: Sequence[Policy]) -> list[Outcome]:
     return await attempts(seats(problem), policies, PROBLEM_SECONDS)
-
-
-async def _start(problem: Problem) -> list[Message]:
-    """The first messages of the first seat."""
-    envs = seats(problem)
-    try:
-        return await settled(envs[0].reset)
-    finally:
-        for env in envs:
-            await settled(env.close)
 
 
 def _solver(problem: Problem) -> Policy:

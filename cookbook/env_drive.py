@@ -58,6 +58,16 @@ def seats(problem: Problem) -> list[Env]:
     return problem.make(1) or problem.make(2)
 
 
+async def opening(problem: Problem) -> tuple[list[Message], Sequence[Callable[..., Any]]]:
+    """The first messages of the first seat, and its tools."""
+    envs = seats(problem)
+    try:
+        return await settled(envs[0].reset), envs[0].tools
+    finally:
+        for env in envs:
+            await settled(env.close)
+
+
 async def settled(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     """The result of a coroutine function, or of a plain one, which runs in a thread."""
     if inspect.iscoroutinefunction(function):

@@ -114,7 +114,7 @@ class Session:
         self.reference = self._open_reference(service) if config.kl_penalty else None
         self.peak_learning_rate = peak_learning_rate(config.learning_rate, config.optim, info, "rl")
         params = SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature, stop=renderer.stop)
-        self._rollouts = Rollouts(renderer, params, limits_of(config, info))
+        self._rollouts = Rollouts(renderer, params, limits_of(config, info.base_model, info.max_length))
         self._eval_rollouts = replace(self._rollouts, params=replace(params, temperature=config.eval.temperature))
         self.sampler = self.trainer.save_weights_and_get_sampling_client().result()
         self._known_errors: set[str] = set()
@@ -190,8 +190,8 @@ class Session:
     def _stop_if_hopeless(self, groups: Sequence[Group]) -> None:
         tried = [trajectory for group in groups for trajectory in (*group.trajectories, *group.dropped)]
         self._fruitless = self._fruitless + 1 if all(trajectory.error for trajectory in tried) else 0
-        if self._fruitless == HOPELESS_STEPS:
-            raise UsageError(f"all rollouts of {HOPELESS_STEPS} steps in a row failed, the last one with {tried[-1].error}")
+        if self._fruitless == (enough := min(HOPELESS_STEPS, self.config.steps)):
+            raise UsageError(f"all rollouts of {enough} steps in a row failed, the last one with {tried[-1].error}")
 
     def finish(self, groups: Sequence[Group], metrics: Mapping[str, float]) -> None:
         """Evaluate, log and save what is due after a step; `metrics` are those of the update."""
@@ -309,11 +309,11 @@ def _check_off_policy(config: RLConfig, max_steps_off_policy: int) -> None:
         raise UsageError(f"{told}: the problems that come next are under way already; set one of them to 0")
 
 
-def limits_of(config: RLConfig, info: ModelInfo) -> Limits:
+def limits_of(config: RLConfig, base_model: str, max_length: int) -> Limits:
     """The limits with the model's context filled in."""
-    context = info.max_length if config.limits.context is None else config.limits.context
-    if context > info.max_length:
-        raise UsageError(f"limits.context={context}, but the context of {info.base_model} is {info.max_length} tokens")
+    context = max_length if config.limits.context is None else config.limits.context
+    if context > max_length:
+        raise UsageError(f"limits.context={context}, but the context of {base_model} is {max_length} tokens")
     if config.max_tokens >= context:
         raise UsageError(f"max_tokens={config.max_tokens} leaves no room for a prompt in a context of {context} tokens")
     return replace(config.limits, context=context)

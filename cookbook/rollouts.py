@@ -23,7 +23,7 @@ from cookbook import event_loop
 from cookbook.env_drive import settled
 from cookbook.errors import UsageError
 from cookbook.keys import did_you_mean
-from cookbook.tool_prompt import knows_tools, with_tools_as_text
+from cookbook.tool_prompt import told_of_tools
 from cookbook.trajectories import Ended, Trajectory, Transition
 from core import Future, ModelInput, SampleResponse, SamplingParams
 from envs.env import Env, Message, Problem, StepResult
@@ -109,16 +109,10 @@ class Attempt:
         async with self._contained():
             messages = await self._in_env(settled(self._env.reset))
             if self._env.tools:
-                from envs.tools import schema
-
-                schemas = [schema(tool) for tool in self._env.tools]
+                messages, self._schemas = told_of_tools(messages, self._env.tools, self._renderer)
+                self._calls_as_text = self._schemas is None
                 self._count("tool_calls", 0)
                 self._count("tool_errors", 0)
-                self._calls_as_text = not knows_tools(self._renderer)
-                if self._calls_as_text:
-                    messages = with_tools_as_text(messages, schemas)
-                else:
-                    self._schemas = schemas
             self._say(messages)
             self._observation = self._render()
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from cookbook.messages import Json, tool_name
 from cookbook.template_check import ASK, TOOL
@@ -12,6 +12,18 @@ from envs.env import Message
 
 if TYPE_CHECKING:
     from cookbook.renderers import Renderer
+
+
+def told_of_tools(
+    messages: Sequence[Message], tools: Sequence[Callable[..., Any]], renderer: Renderer
+) -> tuple[list[Message], list[dict[str, Any]] | None]:
+    """The first messages, and the schemas that the template is to tell of; None: the messages do it."""
+    from envs.tools import schema
+
+    schemas = [schema(tool) for tool in tools]
+    if knows_tools(renderer):
+        return list(messages), schemas
+    return with_tools_as_text(messages, schemas), None
 
 
 def knows_tools(renderer: Renderer) -> bool:

@@ -1,0 +1,108 @@
+"""`cook rl --dry-run`: the first prompt as the policy sees it, how much a run samples and trains on, memory and time."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cookbook.dryrun import Plan, memory_lines, model_without_weights, product_rate, read_shape, time_lines
+from cookbook.env_drive import opening
+from cookbook.environments import problems_of
+from cookbook.errors import UsageError
+from cookbook.renderers import load_renderer
+from cookbook.rl import RLConfig, check_config, limits_of
+from cookbook.schedule import default_learning_rate, learning_rate_at
+from cookbook.service import adapter_directory, connect
+from cookbook.tool_prompt import told_of_tools
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+    from cookbook.renderers import Renderer
+    from envs.env import Problem
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Tokens of a run whose attempts are all one turn with a reply of max_tokens; what a group shares counts once."""
+
+    prompt: int
+    num_evaluated: int  # problems at each evaluation
+    num_evals: int
+
+    def sampled(self, config: RLConfig) -> int:
+        """Per step."""
+        return config.groups_per_batch * config.group_size * config.max_tokens
+
+    def plan(self, config: RLConfig) -> Plan:
+        trained = config.groups_per_batch * self.prompt + self.sampled(config)
+        evaluated = self.num_evaluated * (self.prompt + config.eval.samples * config.max_tokens)
+        return Plan(config.steps, trained, evaluated, self.num_evals, self.prompt + config.max_tokens)
+
+
+def dry_run(config: RLConfig, console: Console) -> None:
+    """Print all of it; UsageError where a run would stop."""
+    check_config(config)
+    options = connect(config.service, Path("checkpoints"), config.engine).options
+    if config.init_from is not None:
+        adapter_directory(config.init_from)
+    problem = next(problems_of(config, "train", console=console))
+    num_evaluated = sum(1 for _ in itertools.islice(problems_of(config, "eval"), config.eval.problems))
+    between = (config.steps - 1) // config.eval_every if config.eval_every > 0 else 0
+    prompt = _show_prompt(problem, load_renderer(config.model), console)
+    load = Workload(prompt, num_evaluated, 2 + between if num_evaluated else 0)
+    for line in [*_plan_lines(config, load), *_model_lines(config, load, *options.resolve())]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_prompt(problem: Problem, renderer: Renderer, console: Console) -> int:
+    """Its number of tokens."""
+    messages, tools = asyncio.run(opening(problem))
+    schemas = None
+    if tools:
+        messages, schemas = told_of_tools(messages, tools, renderer)
+    tokens = renderer.build_generation_prompt(messages, schemas).to_ints()
+    console.rule(f"the first prompt: {len(tokens)} tokens", align="left")
+    console.print(renderer.decode(tokens), markup=False, highlight=False, soft_wrap=True)
+    console.rule()
+    return len(tokens)
+
+
+def _plan_lines(config: RLConfig, load: Workload) -> list[str]:
+    attempts = f"{config.groups_per_batch} problems with {config.group_size} attempts each"
+    sampled = config.steps * load.sampled(config)
+    evaluated = f"{load.num_evaluated:,} held-out problems, attempts at each: {config.eval.samples}"
+    return [
+        f"steps    {config.steps:,} of {attempts}: up to {sampled:,} sampled tokens, {config.max_tokens} a reply and turn",
+        f"evals    {load.num_evals} of {evaluated}",
+    ]
+
+
+def _model_lines(config: RLConfig, load: Workload, dtype: torch.dtype, device: torch.device) -> list[str]:
+    try:
+        model = model_without_weights(config.model.name)
+        shape = read_shape(model, config.lora)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return [f"no estimate of memory and time: the configuration of {config.model.name} cannot be had ({reason})"]
+    context = limits_of(config, config.model.name, model.config.max_position_embeddings).context
+    assert context is not None
+    if load.prompt >= context:
+        raise UsageError(f"the first prompt has {load.prompt:,} tokens, the context {context:,}: there is no room for a reply")
+    peak = config.learning_rate or default_learning_rate(shape.hidden_size, model.config.model_type, "rl")
+    learning_rate_at(0, config.steps, peak, config.optim)  # refuses an unknown schedule
+    plan = load.plan(config)
+    cache = plan.step_tokens * shape.num_layers * (shape.qkv_size - shape.q_size) * dtype.itemsize
+    # Sampling takes half the FLOP of training, but products of few rows reach half the rate.
+    timed = replace(plan, step_tokens=plan.step_tokens + load.sampled(config))
+    return [
+        f"rate     {peak:.3g} at its peak, {config.optim.schedule} after {config.optim.warmup_steps} steps of warm-up",
+        *memory_lines(shape, config, plan, dtype, device),
+        f"         and keys and values of {plan.step_tokens:,.0f} tokens {cache / 1e9:.2f}, if all are sampled at once",
+        *time_lines(shape, timed, product_rate(dtype, device), str(dtype).removeprefix("torch.")),
+        "         and one turn an attempt; less where replies are shorter and groups agree, more where an env takes time",
+    ]

@@ -10,8 +10,8 @@ use); figures are medians over rounds, ratios medians of each round's ratio. Sam
 reply stops early. `generate` gets one left-padded batch and runs to its longest reply; only tokens asked for are counted.
 
   concurrency  prompts of 40-160 tokens, replies of 16-128, so many requests at once
-  decode       prompts of 16 tokens, replies of 128: the share of what memory bandwidth allows (weights and past once a step),
-               from the base model and from one adapter (whose own bytes are not counted)
+  decode       prompts of 16 tokens, replies of 16 and 128: a step's time is that of the difference; its share of what memory
+               bandwidth allows (weights and past once a step); from the base model and from one adapter (its bytes not counted)
   adapters     the mixed requests from no, one and eight adapters of rank 32
   group        16 requests of one 512-token prompt and 16 new tokens, against 16 prompts that share nothing
   first        time to the first token, idle and with company
@@ -127,20 +127,24 @@ def concurrency(bench: Bench) -> None:
 
 
 def decode(bench: Bench) -> None:
-    num_prompt, num_new = 16, 32 if bench.args.quick else 128
+    num_prompt, few, many = 16, 16, 32 if bench.args.quick else 128
     for count, adapter in [(count, of) for count in bench.args.counts for of in (BASE, 0)]:
-        rates, shares = [], []
+        rates, steps, shares = [], [], []
         for number in range(bench.args.rounds + 1):
-            rate = bench.tokens_per_second("cook", bench.requests.equal(count, num_prompt, num_new, adapter))
+            whole = {
+                new: count * new / bench.tokens_per_second("cook", bench.requests.equal(count, num_prompt, new, adapter))
+                for new in (few, many)
+            }
             if number == 0:  # puts the adapter beside the weights, captures graphs
                 continue
             bandwidth = bench.ours.ask({"do": "bandwidth"})["bytes_per_second"]
-            past = count * (num_prompt + num_new / 2) * bench.ours.ready["kv_bytes"]
-            rates.append(rate)
-            shares.append(rate / count * (bench.ours.ready["weight_bytes"] + past) / bandwidth)
-        found = {"tokens_per_second": round(statistics.median(rates), 1), "share": round(statistics.median(shares), 3)}
-        found |= {"requests": count, "adapters": int(adapter != BASE), "gb_per_second": round(bandwidth / 1e9, 1)}
-        bench.add("decode", found)
+            past = count * (num_prompt + (few + many) / 2) * bench.ours.ready["kv_bytes"]
+            rates.append(count * many / whole[many])
+            steps.append((whole[many] - whole[few]) / (many - few))
+            shares.append((bench.ours.ready["weight_bytes"] + past) / bandwidth / steps[-1])
+        found = {"tokens_per_second": round(statistics.median(rates), 1), "step_ms": round(1e3 * statistics.median(steps), 2)}
+        found |= {"share": round(statistics.median(shares), 3), "gb_per_second": round(bandwidth / 1e9, 1)}
+        bench.add("decode", {"requests": count, "adapters": int(adapter != BASE), **found})
 
 
 def adapters(bench: Bench) -> None:

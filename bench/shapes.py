@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tempfile
 from pathlib import Path
 
 CONFIGS = {
@@ -20,19 +21,24 @@ CONFIGS = {
 ROW_TOKENS = 2048
 
 
-def random_model(name: str, scratch: Path) -> str:
-    """A directory with a bf16 model of `name`'s shapes (16 GB for 8B) and a tokenizer that only fills the place."""
+def random_model(name: str) -> str:
+    """A directory with a bf16 model of `name`'s shapes (16 GB for 8B) and a tokenizer that only fills the place.
+
+    Made once, among the temporary files.
+    """
     import torch
     from tokenizers import Tokenizer, models
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
     if name not in CONFIGS:
         raise SystemExit(f"--shapes {name}: expected one of {', '.join(CONFIGS)}")
+    directory = Path(tempfile.gettempdir()) / f"cook-bench-{name}"
+    if (directory / "tokenizer.json").exists():
+        return str(directory)
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(Qwen3Config(**CONFIGS[name]), dtype=torch.bfloat16)
-    directory = scratch / name
     model.save_pretrained(directory)
     word_level = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
     PreTrainedTokenizerFast(tokenizer_object=word_level, pad_token="<pad>", eos_token="<eos>").save_pretrained(

@@ -72,22 +72,23 @@ def pages_of(slot: Slot) -> list[int]:
     return slot.pool.pages[slot.index]
 
 
+def page_table(slots: Sequence[Slot], width: int) -> torch.Tensor:
+    """[n, width] int32: each slot's pages, then page 0."""
+    table = torch.zeros(len(slots), width, dtype=torch.int32)
+    for row, slot in enumerate(slots):
+        pages = pages_of(slot)
+        table[row, : len(pages)] = torch.tensor(pages)
+    return table
+
+
 @dataclass
 class PagedDecode:
     """One new row for each of n sequences."""
 
     memory: Pages
-    table: torch.Tensor  # [n, width] int32: each sequence's pages
+    table: torch.Tensor  # [n, width] int32, see page_table
     positions: torch.Tensor  # [n] int64
     place: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [n]: of the new tokens among all pages' tokens
-
-    @classmethod
-    def of(cls, memory: Pages, slots: Sequence[Slot], positions: torch.Tensor, width: int) -> PagedDecode:
-        table = torch.zeros(len(slots), width, dtype=torch.int32)
-        for row, slot in enumerate(slots):
-            pages = pages_of(slot)
-            table[row, : len(pages)] = torch.tensor(pages)
-        return cls(memory, table.to(memory.device), positions)
 
     def ready(self, dtype: torch.dtype) -> None:
         """Once a step, when the positions are those of the new tokens."""

@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 
-from core.captured import Steps
+from core.captured import Flight, Load, Step, Steps
 from core.datum import SampledSequence, SampleResponse, SamplingParams
 from core.decoder import Decoder
 from core.futures import Future
@@ -24,7 +24,7 @@ from core.inference import Attention, Decode, Prefill, run
 from core.kv_cache import KvCache, Pool, Slabs, Slot
 from core.lora import ComputeCopies, Segment, Weights, add_lora
 from core.packing import bins, make_segment
-from core.paged import PAGE, PagedDecode, PagedPrefill, Pages
+from core.paged import PAGE, PagedPrefill, Pages, page_table
 from core.sampling import Choice, Head, pick
 from core.stacked import StackedRows, Stacks
 
@@ -80,18 +80,18 @@ class Sampler:
         sizes = len(decoder.layers), decoder.heads, decoder.dtype, decoder.device
         on_cuda = decoder.device.type == "cuda"
         self.pages = Pages(*sizes, kv_tokens) if (on_cuda if paged is None else paged) else None
-        self.steps = Steps(decoder, self.pages) if on_cuda and capture and self.pages is not None else None
+        self.steps = Steps(decoder, self.pages, capture and on_cuda) if self.pages is not None else None
 
         def slabs(capacity: int, most: int) -> Pool:
             return Slabs(capacity, most, *sizes)
 
         self.cache = KvCache(self.pages.new_pool if self.pages is not None else slabs, kv_tokens // PAGE * PAGE)
-        self.page_width = -(-min(decoder.max_length, kv_tokens) // PAGE)
+        self.page_width = 1 + min(decoder.max_length, kv_tokens) // PAGE  # a step may go one token too far
         self._waiting: deque[Continuation] = deque()
         self._filling: list[Continuation] = []
         self._running: list[Continuation] = []
-        self._batch: Batch | None = None
-        self._stacks = Stacks(copies)
+        self._batch: Batch | Ahead | None = None
+        self._stacks = Stacks(copies, stay=self.pages is not None)
         self._alive: weakref.WeakValueDictionary[Hashable, Weights] = weakref.WeakValueDictionary()
 
     @property
@@ -110,6 +110,7 @@ class Sampler:
         self._waiting.extend(request.sequences)
 
     def fail_all(self, error: BaseException) -> None:
+        self._batch = None
         for sequence in [*self._waiting, *self._filling, *self._running]:
             self._fail(sequence.request, error)
         self._drop_ended()
@@ -153,7 +154,7 @@ class Sampler:
             self._waiting.popleft()
             if common == len(request.prompt) - 1:
                 self._running.append(sequence)
-                self._batch = None
+                self._settle()
             else:
                 self._filling.append(sequence)
                 in_progress.add(name)
@@ -169,7 +170,7 @@ class Sampler:
             return sequence.stop_reason is not None
 
         if any(over(sequence) for sequence in [*self._filling, *self._running]):
-            self._batch = None
+            self._settle()
             for sequence in [*self._filling, *self._running]:
                 if over(sequence) and sequence.slot is not None:
                     self.cache.leave(sequence.slot, spoilt=sequence.stop_reason == "failed")
@@ -221,18 +222,40 @@ class Sampler:
             if stop == len(sequence.request.prompt) - 1:
                 self._filling.remove(sequence)
                 self._running.append(sequence)
-                self._batch = None
+                self._settle()
 
     # ---- decoding
 
     def _decode(self) -> None:
-        batch = self._batch = self._batch or self._make_batch()
+        if self._batch is None:
+            self._batch = self._make_batch()
+        if isinstance(self._batch, Ahead):
+            self._decode_ahead(self._batch)
+        else:
+            self._decode_now(self._batch)
+
+    def _decode_ahead(self, batch: Ahead) -> None:
+        """The device begins the next step before the host has looked at this one's tokens."""
+        flight = batch.flight or batch.go()
+        batch.flight = batch.go() if batch.most_go_on else None
+        self._land(batch, flight)
+
+    def _land(self, batch: Ahead, flight: Flight) -> None:
+        for sequence, token, logprob in zip(batch.sequences, *flight.wait(), strict=True):
+            if sequence.stop_reason is None and not sequence.request.future.done():
+                self._advance(sequence, token, logprob)
+
+    def _settle(self) -> None:
+        """Before others run: the batch goes, and what it has under way is taken in."""
+        batch, self._batch = self._batch, None
+        if isinstance(batch, Ahead) and batch.flight is not None:
+            self._land(batch, batch.flight)
+
+    def _decode_now(self, batch: Batch) -> None:
         device = self.decoder.device
-        x = self._captured(batch)
-        if x is None:
-            for part in batch.parts:
-                part.ready(self.decoder.dtype)
-            x = run(self.decoder, batch.tokens, batch.positions, batch.add, batch.parts)
+        for part in batch.parts:
+            part.ready(self.decoder.dtype)
+        x = run(self.decoder, batch.tokens, batch.positions, batch.add, batch.parts)
         head = Head(self.decoder, x, batch.adapters)
         if batch.fresh:
             self._first_shift(head, batch)
@@ -246,13 +269,6 @@ class Sampler:
         if any(s.stop_reason is not None for s in batch.sequences):
             for sequence, shift in zip(batch.sequences, batch.shift.tolist(), strict=True):
                 sequence.shift = shift
-
-    def _captured(self, batch: Batch) -> torch.Tensor | None:
-        if self.steps is None:
-            return None
-        (work,) = batch.parts
-        assert isinstance(work, PagedDecode)
-        return self.steps.run(batch.tokens, batch.positions, work, batch.adapters)
 
     def _advance(self, sequence: Continuation, token: int, logprob: float) -> None:
         assert sequence.slot is not None
@@ -269,31 +285,24 @@ class Sampler:
         elif len(sequence.logprobs) >= request.max_tokens:
             self._finish(sequence, "length")
 
-    def _make_batch(self) -> Batch:
+    def _make_batch(self) -> Batch | Ahead:
         """Rows sorted by adapter, then by slot, so that each adapter's rows are one segment."""
         for sequence in self._running:
             assert sequence.slot is not None
             sequence.slot = self.cache.moved_down(sequence.slot)
         self._running.sort(key=lambda s: (_adapter_order(s), _slot_order(s)))
-        sequences, device = self._running, self.decoder.device
+        sequences, device = list(self._running), self.decoder.device
         tensor = partial(torch.tensor, device=device)
-        positions = tensor([len(s.tokens) - 1 for s in sequences])
+        tokens, positions = tensor([s.tokens[-1] for s in sequences]), tensor([len(s.tokens) - 1 for s in sequences])
         slots = [s.slot for s in sequences if s.slot is not None]
-        parts: list[Decode] | list[PagedDecode] = (
-            [PagedDecode.of(self.pages, slots, positions, self.page_width)]
-            if self.pages is not None
-            else Decode.of(slots, positions)
-        )
-        return Batch(
-            list(sequences),
-            tensor([s.tokens[-1] for s in sequences]),
-            positions,
-            self._stacks.rows_of(_counted((s.request.weights, 1) for s in sequences), device),
-            parts,
-            Choice.of([s.request.params for s in sequences], device),
-            tensor([s.shift or 0.0 for s in sequences]),
-            [row for row, s in enumerate(sequences) if s.shift is None],
-        )
+        adapters = self._stacks.rows_of(_counted((s.request.weights, 1) for s in sequences), device)
+        choice = Choice.of([s.request.params for s in sequences], device)
+        if self.steps is not None:
+            load = Load(tokens, positions, page_table(slots, self.page_width).to(device), adapters, choice)
+            return Ahead(sequences, self.steps.loaded(load), choice)
+        shift = tensor([s.shift or 0.0 for s in sequences])
+        fresh = [row for row, s in enumerate(sequences) if s.shift is None]
+        return Batch(sequences, tokens, positions, adapters, Decode.of(slots, positions), choice, shift, fresh)
 
     def _first_shift(self, head: Head, batch: Batch) -> None:
         """A sequence's first logits have no shift yet: find their largest."""
@@ -326,7 +335,7 @@ class Batch:
     tokens: torch.Tensor  # [n] the next inputs
     positions: torch.Tensor
     adapters: list[StackedRows]
-    parts: list[Decode] | list[PagedDecode]  # they read `positions`
+    parts: list[Decode]  # they read `positions`
     choice: Choice
     shift: torch.Tensor  # [n] fp32
     fresh: list[int]  # rows without a shift
@@ -334,6 +343,24 @@ class Batch:
     def add(self, x: torch.Tensor, y: torch.Tensor, site: str) -> None:
         for adapters in self.adapters:
             adapters.add(x, y, site)
+
+
+@dataclass
+class Ahead:
+    """The running sequences in a step that can be begun before the last one's tokens are known here."""
+
+    sequences: list[Continuation]
+    step: Step
+    choice: Choice
+    flight: Flight | None = None  # begun, not looked at
+
+    def go(self) -> Flight:
+        return self.step.go([s.uniform() for s in self.sequences], self.choice)
+
+    @property
+    def most_go_on(self) -> bool:
+        """After the step under way, as far as max_tokens tells."""
+        return 2 * sum(len(s.logprobs) + 1 < s.request.max_tokens for s in self.sequences) > len(self.sequences)
 
 
 def _counted(owners: Iterable[tuple[Weights, int]]) -> list[tuple[Weights, int]]:

@@ -88,7 +88,7 @@ def pick(head: Head, shift: torch.Tensor, choice: Choice, uniform: torch.Tensor)
     shift = shift.to(head.h.dtype).float()
     logits = head.logits(shift)
     tokens = logits.argmax(0) if choice.greedy is not None else None
-    narrowed = {row: _narrow(logits[:, row].float(), params, float(uniform[row])) for row, params in choice.narrowed}
+    narrowed = {row: narrow(logits[:, row].float(), params, float(uniform[row])) for row, params in choice.narrowed}
     inverse = choice.inverse_temperature
     weights = logits.mul_(inverse).exp_() if inverse is not None else logits.exp_()
     sums = _block_sums(weights)  # [blocks, n] fp32
@@ -135,7 +135,7 @@ def _invert(weights: torch.Tensor, sums: torch.Tensor, total: torch.Tensor, unif
     return block * size + torch.where(inside[columns, within] > 0, within, likely)
 
 
-def _narrow(logits: torch.Tensor, params: SamplingParams, uniform: float) -> int:
+def narrow(logits: torch.Tensor, params: SamplingParams, uniform: float) -> int:
     """A token of logits [V] among the top_k likeliest and the fewest that hold top_p."""
     count = min(params.top_k, len(logits)) if params.top_k > 0 else len(logits)
     values, tokens = torch.topk(logits, count)
@@ -145,6 +145,47 @@ def _narrow(logits: torch.Tensor, params: SamplingParams, uniform: float) -> int
     reached = weights.cumsum(0)
     place = int((reached <= uniform * reached[-1]).sum().clamp(max=count - 1))
     return int(tokens[place]) if weights[place] > 0 else int(tokens[0])
+
+
+def exact_logits(
+    decoder: Decoder, x: torch.Tensor, adapters: Sequence[tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]]
+) -> torch.Tensor:
+    """[n, V] fp32 of rows x [n, d], where a product can return fp32; adapters: ((A [d, R], B [V, R]), mask [n, R])."""
+    head = decoder.head
+    h, _ = normalise(x, decoder.final_norm, decoder.dtype)
+    logits = _product(h, head.weight.T)
+    if head.bias is not None:
+        logits += head.bias
+    for (a, b), mask in adapters:
+        logits += _product((h @ a).mul_(mask), b.T)
+    return logits
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left @ right in fp32."""
+    if left.dtype == torch.float32:
+        return left @ right
+    return torch.mm(left, right, out_dtype=torch.float32)
+
+
+def draw(logits: torch.Tensor, greedy: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens [n], their logprobs [n] fp32) for logits [n, V] fp32; greedy [n] bool, uniform [n] fp64 in [0, 1).
+
+    Nothing here waits for the device or depends on the values but through tensors: it can be captured.
+    """
+    n, size = len(logits), _block_size(logits.shape[1])
+    rows = torch.arange(n, device=logits.device)
+    largest, likeliest = logits.max(1)
+    blocks = (logits - largest.unsqueeze(1)).exp_().view(n, -1, size)
+    reached = blocks.sum(2).double().cumsum(1)
+    goal = uniform * reached[:, -1]
+    block = (reached <= goal.unsqueeze(1)).sum(1).clamp_(max=blocks.shape[1] - 1)
+    rest = goal - torch.where(block > 0, reached[rows, (block - 1).clamp(min=0)], 0.0)
+    inside = blocks[rows, block].double()  # [n, size]
+    within = (inside.cumsum(1) <= rest.unsqueeze(1)).sum(1).clamp_(max=size - 1)
+    within = torch.where(inside[rows, within] > 0, within, inside.argmax(1))  # where rounding led past the last weight
+    tokens = torch.where(greedy, likeliest, block * size + within)
+    return tokens, logits[rows, tokens] - largest - reached[:, -1].log().float()
 
 
 def top_logprobs(decoder: Decoder, x: torch.Tensor, adapters: UnembedAdapters, count: int) -> list[list[tuple[int, float]]]:

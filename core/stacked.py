@@ -7,7 +7,7 @@ of other adapters are masked; many go through batched products, a group of rows 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,10 +34,11 @@ class StackedSite:
 class Stack:
     """N adapters of one rank and geometry in the compute dtype."""
 
-    def __init__(self, members: Sequence[Weights], copies: ComputeCopies) -> None:
+    def __init__(self, members: Sequence[Weights], copies: ComputeCopies, stays: bool) -> None:
+        """`stays`: its tensors are inputs of steps that outlive the adapters, and always side by side."""
         self.members, self.scale, self.copies = list(members), members[0].scale, copies
-        self.dtype, self.on_cpu = copies.dtype, members[0].params.device.type == "cpu"
-        self.concat = not self.on_cpu or len(members) == 1 or len(members) * self.rank <= CONCAT_RANK
+        self.dtype, self.stays = copies.dtype, stays
+        self.concat = stays or len(members) == 1 or len(members) * self.rank <= CONCAT_RANK
         self.place: dict[tuple[int, int], int] = {}
         self.sites: dict[str, StackedSite] = {}
         self.unembed: tuple[torch.Tensor, torch.Tensor] | None = None  # A [d, N * R], B [V, N * R]
@@ -153,10 +154,10 @@ class StackedRows:
 class Stacks:
     """Stacks by their members' keys: a step's adapters stay the same for many steps while rows come and go."""
 
-    def __init__(self, copies: ComputeCopies) -> None:
-        self.copies = copies
+    def __init__(self, copies: ComputeCopies, stay: bool) -> None:
+        self.copies, self.stay = copies, stay
         self._made: dict[tuple, Stack] = {}
-        self._spare: list[Stack] = []  # on CUDA: their tensors are part of captured steps
+        self._spare: list[Stack] = []  # of those that stay
 
     def rows_of(self, owners: Sequence[tuple[Weights, int]], device: torch.device) -> list[StackedRows]:
         """`owners` in row order, like ranks and geometries side by side; adapters without a geometry get nothing."""
@@ -173,17 +174,21 @@ class Stacks:
                 found.append(StackedRows(stack, start, group, device))
             start += sum(rows for _, rows in group)
             i = j
-        self._spare += [stack for stack in self._made.values() if not stack.on_cpu and stack not in used.values()]
+        self._keep(stack for stack in self._made.values() if stack not in used.values())
         self._made = used
         return found
 
     def clear(self) -> None:
         """Let go of the adapters."""
-        self._spare += [stack for stack in self._made.values() if not stack.on_cpu]
-        self._spare = self._spare[-MOST_SPARE:]
+        self._keep(self._made.values())
         self._made = {}
-        for stack in self._spare:
+
+    def _keep(self, stacks: Iterable[Stack]) -> None:
+        """The tensors, not the adapters."""
+        for stack in stacks if self.stay else ():
             stack.members = [_nobody(weights) for weights in stack.members]
+            self._spare.append(stack)
+        self._spare = self._spare[-MOST_SPARE:]
 
     def _stack(self, members: list[Weights]) -> Stack:
         """One that was in use a step ago and holds all of them, else a spare one with other adapters, else a new one."""
@@ -194,10 +199,9 @@ class Stacks:
         for stack in self._spare:
             if len(stack.members) == len(members) and _alike(stack.members[0], members[0]):
                 self._spare.remove(stack)
-                if [weights.key for weights in members] != list(stack.place):
-                    stack.refill(members)
+                stack.refill(members)
                 return stack
-        return Stack(members, self.copies)
+        return Stack(members, self.copies, self.stay)
 
 
 def _nobody(weights: Weights) -> Weights:

@@ -61,10 +61,11 @@ def test_losses_logprobs_gradients_and_steps_are_the_cpus(kind: str, tmp_path: P
 def test_varlen_attention_is_the_grouped_one_and_so_are_its_gradients(heads: Heads) -> None:
     lengths = [5, 300, 64, 1]
     qkv = torch.randn(sum(lengths), heads.total, heads.size, device=CUDA)
+    assert varlen_between(CUDA, torch.bfloat16) is not None
     d_out = torch.randn(sum(lengths), heads.q * heads.size, device=CUDA)
     found = []
     for dtype in (torch.float32, torch.bfloat16):
-        one = qkv.to(dtype).requires_grad_()
+        one = qkv.to(dtype, copy=True).requires_grad_()
         out = attend(one, make_layout(consecutive(lengths), heads, CUDA, dtype), heads.size**-0.5)
         out.backward(d_out.to(dtype))
         assert one.grad is not None
@@ -114,7 +115,8 @@ def test_sampled_logprobs_are_the_trainers(captured: bool, dtype: str, limit: fl
             gap = gaps(client, sampler, [(prompt, future) for s, prompt, future in asked if s is sampler])
             assert gap.abs().max() < limit
             assert gap.square().mean() / 2 < limit**2 / 20
-        assert (clients[0].engine.sampler.steps is not None) is captured
+        steps = clients[0].engine.sampler.steps
+        assert steps is not None and bool(steps._made) is captured
         for client in clients:
             client.forward_backward(data([9, 30], turn), "cross_entropy")
             client.optim_step(AdamParams(3e-3)).result(TIMEOUT)

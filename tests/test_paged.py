@@ -16,6 +16,12 @@ from tests.tiny import KINDS, new_client
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+KINDS_OF_DRAW: list[dict] = [
+    {}, {"temperature": 0.0}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8, "temperature": 1.3}, {"top_k": 1},
+    {"stop": [7, 90]},
+]  # fmt: skip
+
+
 def with_pages(trainer: TrainingClient, kv_tokens: int) -> None:
     """Before anything is sampled."""
     engine = trainer.engine
@@ -58,7 +64,10 @@ def test_slabs_and_pages_sample_the_same(tmp_path: Path) -> None:
             with_pages(trainer, 64 * PAGE)
         sampler = trainer.save_weights_and_get_sampling_client().result(TIMEOUT)
         with sampler.together():
-            futures = [ask(sampler, prompt(5 + 9 * i, i), 3, max_tokens=4 + 11 * i, seed=i) for i in range(7)]
+            futures = [
+                ask(sampler, prompt(5 + 9 * i, i), 3, max_tokens=4 + 11 * i, seed=i, **params)
+                for i, params in enumerate(KINDS_OF_DRAW)
+            ]
         found.append([future.result(TIMEOUT) for future in futures])
         sampler.close()
         trainer.close()

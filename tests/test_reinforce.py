@@ -247,3 +247,13 @@ def test_a_run_without_a_single_good_rollout_ends_in_one_line(
 def test_other_losses_and_choices_run(tmp_path: Path, task: Path, words: tuple[str, ...]) -> None:
     assert rl(tmp_path / "run", task, "steps=2", *words) == 0
     assert len(metrics(tmp_path / "run")) == 3
+
+
+# ---- the embedded model
+
+
+@pytest.mark.slow
+def test_the_embedded_model_learns_to_add_within_eight_steps(tmp_path: Path) -> None:
+    assert main(["rl", "steps=8", "eval.problems=0", "save_every=0", f"run_dir={tmp_path / 'run'}"]) == 0
+    rewards = [row["env/all/reward"] for row in metrics(tmp_path / "run") if "env/all/reward" in row]
+    assert rewards[0] < 0.4 and max(rewards[-2:]) > 0.8

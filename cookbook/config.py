@@ -101,6 +101,7 @@ class EngineConfig:
     kv_tokens: int | None = None  # room for keys and values of what is being sampled, in tokens; null: by machine
     train_share: float = 0.5  # of the time, for training while samples wait too
     cuda_graphs: bool = True  # capture decode steps on CUDA (off: to measure what it gains, or to debug)
+    exact: bool = False  # numbers of a sequence do not depend on what runs beside it, in bf16 too; several times slower
 
 
 @dataclass

@@ -28,8 +28,9 @@ def connect(service: str, store: Path, engine: EngineConfig) -> ServiceClient:
     if not 0 < engine.train_share <= 1:
         raise UsageError(f"engine.train_share={engine.train_share:g}: expected more than 0 and at most 1")
     options = EngineOptions(
-        engine.dtype, engine.device, engine.token_budget, engine.kv_tokens, engine.train_share, engine.cuda_graphs
-    )
+        engine.dtype, engine.device, engine.token_budget, engine.kv_tokens, engine.train_share, engine.cuda_graphs,
+        engine.exact,
+    )  # fmt: skip
     try:
         _, device = options.resolve()
     except ValueError as error:

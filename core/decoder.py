@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from core.attention import Extent, Heads, attend, make_layout
 from core.elementwise import Norm, normalise, normalise_backward
+from core.exact import attend_extents
 from core.fused import (
     AttentionInput,
     AttentionOutput,
@@ -69,8 +70,9 @@ class Decoder:
         model: Any,  # a transformers causal LM: its parts are found by name
         dtype: torch.dtype,
         device: torch.device,
+        exact: bool = False,
     ) -> None:
-        self.model, self.dtype, self.device = model, dtype, device
+        self.model, self.dtype, self.device, self.exact = model, dtype, device, exact
         config = model.config
         self._refuse_unhonoured(config)
         backbone = model.get_decoder() if hasattr(model, "get_decoder") else model.model
@@ -178,8 +180,8 @@ class Decoder:
         if torch.is_grad_enabled():
             x.requires_grad_()
         cos, sin = self.rotary_tables(x, rows.positions)
-        layout = make_layout(rows.extents, self.heads, self.device, self.dtype)
-        batch = Batch(layout, rows.segments, cos, sin, self.dtype, self.scaling)
+        layout = None if self.exact else make_layout(rows.extents, self.heads, self.device, self.dtype)
+        batch = Batch(self.heads, rows.extents, layout, rows.segments, cos, sin, self.dtype, self.scaling)
         for layer in self.layers:
             if recompute and torch.is_grad_enabled():
                 x = checkpoint(_run_layer, x, layer, batch, use_reentrant=False)
@@ -195,7 +197,7 @@ class Decoder:
     def logprobs_of(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """The same for a residual stream x [T, d] that is there already."""
         h, _, _ = self._head_input(x, rows)
-        return run_head(self.head, h, rows.targets, self._parts(rows), None)[0]
+        return run_head(self.head, h, rows.targets, self._parts(rows), None, self.exact)[0]
 
     def train(self, rows: Rows, objective: Objective, recompute: bool = False) -> torch.Tensor:
         """Forward and backward; gradients go to the segments' `grad`. Returns the logprobs [n, K] fp32.
@@ -208,10 +210,10 @@ class Decoder:
             h, selected, inverse = self._head_input(x.detach(), rows)
             parts, gradient_of = self._parts(rows), objective.gradient
             if not objective.per_token:
-                logprobs, _ = run_head(self.head, h, rows.targets, parts, None)
+                logprobs, _ = run_head(self.head, h, rows.targets, parts, None, self.exact)
                 gradient = objective.gradient(slice(0, len(logprobs)), logprobs)
                 gradient_of = lambda chunk, _: gradient[chunk]  # noqa: E731
-            logprobs, dh = run_head(self.head, h, rows.targets, parts, gradient_of)
+            logprobs, dh = run_head(self.head, h, rows.targets, parts, gradient_of, self.exact)
             assert dh is not None
             dx = normalise_backward(dh, selected, inverse, self.final_norm)
             if rows.selected is not None:
@@ -233,7 +235,11 @@ class Decoder:
 
 def _run_layer(x: torch.Tensor, layer: Layer, batch: Batch) -> torch.Tensor:
     qkv = AttentionInput.apply(x, layer, batch)
-    x = AttentionOutput.apply(x, attend(qkv, batch.layout, batch.scaling), layer, batch)
+    if batch.layout is None:
+        attended = attend_extents(qkv, batch.extents, batch.heads, batch.scaling)
+    else:
+        attended = attend(qkv, batch.layout, batch.scaling)
+    x = AttentionOutput.apply(x, attended, layer, batch)
     return Mlp.apply(x, layer, batch)
 
 

@@ -55,7 +55,7 @@ class Engine:
         self.base_model, self.dtype, self.device = base_model, dtype, device
         model = load_base(base_model, dtype, device)
         self.fingerprint = fingerprint(model)
-        self.decoder = Decoder(model, dtype, device)
+        self.decoder = Decoder(model, dtype, device, options.exact)
         self.copies = ComputeCopies(dtype)
         self.token_budget = options.token_budget or default_token_budget(self.decoder)
         self.recompute = False
@@ -259,7 +259,7 @@ class Engine:
         outputs: list[list[torch.Tensor]],
         sums: list[float],
     ) -> None:
-        rows, ordered = lay_out(batch, self.copies, self.device, with_grad=train)
+        rows, ordered = lay_out(batch, self.copies, self.device, train, self.decoder.exact)
         objective = Objective(self._terms(requests, ordered), rows.targets.shape, self.device)
         if rows.targets.shape[0] == 0:  # every weight is 0: so is the gradient
             logprobs = rows.targets.float()
@@ -296,7 +296,7 @@ class Engine:
             return [None], [None] if top_k else None
         tokens = torch.tensor(prompt)
         item = Item(0, 0, weights, tokens[:-1], tokens[1:, None], None)
-        rows, _ = lay_out([item], self.copies, self.device, with_grad=False)
+        rows, _ = lay_out([item], self.copies, self.device, False, self.decoder.exact)
         x = self.decoder.backbone(rows)
         assert rows.selected is not None
         logprobs: list[float | None] = [None, *self.decoder.logprobs_of(x, rows).squeeze(1).tolist()]
@@ -338,7 +338,7 @@ class Engine:
 
     def _run_custom_at_once(self, request: PassRequest, batch: list[Item], outputs: list[list[torch.Tensor]]) -> None:
         """One forward and one backward: the loss is evaluated between the head's two runs."""
-        rows, ordered = lay_out(batch, self.copies, self.device, with_grad=True)
+        rows, ordered = lay_out(batch, self.copies, self.device, True, self.decoder.exact)
         objective = CustomObjective(request, ordered, rows.targets.shape, self.device)
         logprobs = self.decoder.train(rows, objective, self.recompute)
         for segment in rows.segments:

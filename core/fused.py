@@ -7,12 +7,13 @@ go straight to their segments. T rows, d hidden size; x is the residual stream [
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from core.attention import Layout
+from core.attention import Extent, Heads, Layout
 from core.elementwise import (
     HeadNorms,
     Norm,
@@ -23,6 +24,7 @@ from core.elementwise import (
     swiglu,
     swiglu_backward,
 )
+from core.exact import tiled
 from core.lora import Segment, add_lora, add_lora_backward
 
 
@@ -57,12 +59,26 @@ class Layer:
 class Batch:
     """What every layer needs to know of the micro-batch."""
 
-    layout: Layout
+    heads: Heads
+    extents: Sequence[Extent]
+    layout: Layout | None  # None: exact
     segments: list[Segment]
     cos: torch.Tensor  # [T, 1, size / 2], compute dtype
     sin: torch.Tensor
     dtype: torch.dtype
     scaling: float  # of attention scores
+
+    @property
+    def exact(self) -> bool:
+        return self.layout is None
+
+    def product(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
+        return linear_product(x, linear, self.exact)
+
+
+def linear_product(x: torch.Tensor, linear: Linear, exact: bool) -> torch.Tensor:
+    """x [T, d_in] -> [T, d_out]."""
+    return tiled(x, linear.weight, linear.bias) if exact else F.linear(x, linear.weight, linear.bias)
 
 
 class AttentionInput(torch.autograd.Function):
@@ -70,10 +86,10 @@ class AttentionInput(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, layer: Layer, batch: Batch) -> torch.Tensor:
-        heads = batch.layout.heads
+        heads = batch.heads
         h, inverse = normalise(x, layer.attention_norm, batch.dtype)
-        y = F.linear(h, layer.qkv.weight, layer.qkv.bias)
-        ctx.kept = add_lora(h, y, layer.qkv.site, batch.segments)
+        y = batch.product(h, layer.qkv)
+        ctx.kept = add_lora(h, y, layer.qkv.site, batch.segments, batch.exact)
         y = y.view(-1, heads.total, heads.size)
         out = rotate_heads(y, batch.cos, batch.sin, heads, layer.head_norms)
         ctx.save_for_backward(x, inverse, None if layer.head_norms is None else y)
@@ -83,7 +99,7 @@ class AttentionInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_out: torch.Tensor):
         x, inverse, raw = ctx.saved_tensors
-        layer, batch, heads = ctx.layer, ctx.batch, ctx.batch.layout.heads
+        layer, batch, heads = ctx.layer, ctx.batch, ctx.batch.heads
         dy = rotate_heads_backward(d_out, raw, batch.cos, batch.sin, heads, layer.head_norms)
         dy = dy.view(dy.shape[0], -1)
         dh = dy @ layer.qkv.weight
@@ -97,8 +113,8 @@ class AttentionOutput(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, a: torch.Tensor, layer: Layer, batch: Batch) -> torch.Tensor:
-        y = F.linear(a, layer.output.weight, layer.output.bias)
-        ctx.kept = add_lora(a, y, layer.output.site, batch.segments)
+        y = batch.product(a, layer.output)
+        ctx.kept = add_lora(a, y, layer.output.site, batch.segments, batch.exact)
         ctx.save_for_backward(a)
         ctx.layer, ctx.batch = layer, batch
         return x + y
@@ -118,11 +134,11 @@ class Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, layer: Layer, batch: Batch) -> torch.Tensor:
         h, inverse = normalise(x, layer.mlp_norm, batch.dtype)
-        gate_up = F.linear(h, layer.gate_up.weight, layer.gate_up.bias)
-        ctx.kept = add_lora(h, gate_up, layer.gate_up.site, batch.segments)
+        gate_up = batch.product(h, layer.gate_up)
+        ctx.kept = add_lora(h, gate_up, layer.gate_up.site, batch.segments, batch.exact)
         a = swiglu(gate_up)
-        y = F.linear(a, layer.down.weight, layer.down.bias)
-        ctx.kept_down = add_lora(a, y, layer.down.site, batch.segments)
+        y = batch.product(a, layer.down)
+        ctx.kept_down = add_lora(a, y, layer.down.site, batch.segments, batch.exact)
         ctx.save_for_backward(x, inverse, gate_up)
         ctx.layer, ctx.batch = layer, batch
         return x + y

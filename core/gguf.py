@@ -11,9 +11,11 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 _SAMPLE = 1 << 20  # bytes hashed at each end of the file
+_converting = threading.Lock()
 
 
 def cache_directory() -> Path:
@@ -26,19 +28,24 @@ def cache_directory() -> Path:
 def converted(gguf_file: Path) -> Path:
     """The model directory made from `gguf_file`; takes about 20 s and 2 bytes per parameter of disk the first time."""
     target = cache_directory() / "models" / f"{gguf_file.stem}-{_fingerprint(gguf_file)}"
-    if not (target / "config.json").exists():
-        print(f"converting {gguf_file.name} to bf16 in {target} (once)", file=sys.stderr)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
-        try:
-            _convert(gguf_file, aside)
-            aside.rename(target)
-        except OSError:
-            if not (target / "config.json").exists():  # else another process was faster
-                raise
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+    with _converting:  # the engine and the renderer ask at the same time
+        if not (target / "config.json").exists():
+            _convert_aside(gguf_file, target)
     return target
+
+
+def _convert_aside(gguf_file: Path, target: Path) -> None:
+    print(f"converting {gguf_file.name} to bf16 in {target} (once)", file=sys.stderr)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
+    try:
+        _convert(gguf_file, aside)
+        aside.rename(target)
+    except OSError:
+        if not (target / "config.json").exists():  # else another process was faster
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _fingerprint(path: Path) -> str:

@@ -42,11 +42,13 @@ def chunk_rows(device: torch.device) -> int:
 
 
 def run_head(
-    head: Head, h: torch.Tensor, targets: torch.Tensor, parts: Sequence[Part], gradient_of: GradientOf | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    head: Head, h: torch.Tensor, targets: torch.Tensor, parts: Sequence[Part], gradient_of: GradientOf | None,
+    exact: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """h [n, d] (normalised, compute dtype), targets [n, K] -> (logprobs [n, K] fp32, d h [n, d] or None).
 
     With `gradient_of`, each chunk's backward runs at once and adds the unembedding adapters' gradients to their segments.
+    `exact`: chunks are filled up to one size.
     """
     logprobs = torch.empty(targets.shape, dtype=torch.float32, device=h.device)
     dh = torch.empty_like(h) if gradient_of is not None else None
@@ -55,7 +57,7 @@ def run_head(
         for start in range(part.rows.start, part.rows.stop, step):
             rows = slice(start, min(start + step, part.rows.stop))
             n = rows.stop - rows.start
-            fill = (0, 0, 0, -n % ROW_MULTIPLE)
+            fill = (0, 0, 0, -n % (step if exact else ROW_MULTIPLE))
             chunk = _Chunk(head, F.pad(h[rows], fill), F.pad(targets[rows], fill), part, rows)
             logprobs[rows] = chunk.logprobs[:n]
             if gradient_of is not None and dh is not None:

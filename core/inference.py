@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from core.attention import BLOCK, Heads
 from core.decoder import Decoder
 from core.elementwise import normalise, rotate_heads, swiglu
+from core.fused import linear_product
 from core.kv_cache import Slabs, Slot
 
 KEYS_TO = 32  # keys of a decode step are padded to multiples of this: few distinct shapes
@@ -149,20 +150,20 @@ def run(
     attended = torch.empty(len(x), heads.q, heads.size, dtype=dtype, device=x.device)
     for index, layer in enumerate(decoder.layers):
         h, _ = normalise(x, layer.attention_norm, dtype)
-        y = F.linear(h, layer.qkv.weight, layer.qkv.bias)
+        y = linear_product(h, layer.qkv, decoder.exact)
         add(h, y, layer.qkv.site)
         qkv = rotate_heads(y.view(-1, heads.total, heads.size), cos, sin, heads, layer.head_norms)
         for part in work:
             part.attend(index, qkv[:, : heads.q], qkv[:, heads.q :], decoder.scaling, heads, attended)
         a = attended.view(len(x), -1)
-        y = F.linear(a, layer.output.weight, layer.output.bias)
+        y = linear_product(a, layer.output, decoder.exact)
         add(a, y, layer.output.site)
         x.add_(y)
         h, _ = normalise(x, layer.mlp_norm, dtype)
-        gate_up = F.linear(h, layer.gate_up.weight, layer.gate_up.bias)
+        gate_up = linear_product(h, layer.gate_up, decoder.exact)
         add(h, gate_up, layer.gate_up.site)
         a = swiglu(gate_up)
-        y = F.linear(a, layer.down.weight, layer.down.bias)
+        y = linear_product(a, layer.down, decoder.exact)
         add(a, y, layer.down.site)
         x.add_(y)
     return x

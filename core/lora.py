@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from core.datum import AdamParams, LoraConfig
+from core.exact import tiled
 
 ALPHA = 32.0
 
@@ -283,7 +284,9 @@ def mm_into(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
         torch.mm(left, right, out_dtype=out.dtype, out=out)
 
 
-def add_lora(x: torch.Tensor, y: torch.Tensor, name: str, segments: Sequence[Segment]) -> list[torch.Tensor | None]:
+def add_lora(
+    x: torch.Tensor, y: torch.Tensor, name: str, segments: Sequence[Segment], exact: bool = False
+) -> list[torch.Tensor | None]:
     """y [T, d_out] += s (x A^T) B^T for each segment's rows; returns the scaled x A^T [t, m * R] of each for backward."""
     kept: list[torch.Tensor | None] = []
     for segment in segments:
@@ -291,10 +294,14 @@ def add_lora(x: torch.Tensor, y: torch.Tensor, name: str, segments: Sequence[Seg
         if rows is None:
             kept.append(None)
             continue
-        u = segment.scale_(x[segment.start : segment.end] @ segment.a(rows, segment.factors))
-        y_segment = y[segment.start : segment.end]
+        x_segment, y_segment = x[segment.start : segment.end], y[segment.start : segment.end]
+        a = segment.a(rows, segment.factors)
+        u = segment.scale_(tiled(x_segment, a.T) if exact else x_segment @ a)
         for u_i, b, out in zip(u.split(segment.rank, dim=1), rows.b, rows.out, strict=True):
-            y_segment[:, out].addmm_(u_i, segment.factors[b].T)
+            if exact:
+                y_segment[:, out] += tiled(u_i, segment.factors[b])
+            else:
+                y_segment[:, out].addmm_(u_i, segment.factors[b].T)
         kept.append(u)
     return kept
 

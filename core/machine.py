@@ -44,7 +44,7 @@ class EngineOptions:
     """dtype auto: bfloat16 on CUDA and on CPUs with bf16 instructions, else float32. None: by the machine.
 
     kv_tokens is the room for keys and values of sequences being sampled; train_share the part of the time that training
-    gets while both wait; cuda_graphs whether decode steps are captured.
+    gets while both wait; cuda_graphs whether decode steps are captured; exact: see core/exact.py.
     """
 
     dtype: str = "auto"
@@ -53,6 +53,7 @@ class EngineOptions:
     kv_tokens: int | None = None
     train_share: float = 0.5
     cuda_graphs: bool = True
+    exact: bool = False
 
     def resolve(self) -> tuple[torch.dtype, torch.device]:
         device = self.device if self.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")

@@ -76,8 +76,10 @@ def _in_order(items: Sequence[Item]) -> list[tuple[Item, int]]:
     return found
 
 
-def lay_out(batch: Sequence[Item], copies: ComputeCopies, device: torch.device, with_grad: bool) -> tuple[Rows, list[Item]]:
-    """Packed rows of one micro-batch and its items in the order of their targets."""
+def lay_out(
+    batch: Sequence[Item], copies: ComputeCopies, device: torch.device, with_grad: bool, exact: bool = False
+) -> tuple[Rows, list[Item]]:
+    """Packed rows of one micro-batch and its items in the order of their targets. `exact`: nothing is shared."""
     counts: dict[int, tuple[Adapter | Weights, int]] = {}
     for item in batch:
         counts[id(item.adapter)] = (item.adapter, counts.get(id(item.adapter), (item.adapter, 0))[1] + item.length)
@@ -87,11 +89,12 @@ def lay_out(batch: Sequence[Item], copies: ComputeCopies, device: torch.device, 
     segments: list[Segment] = []
     parts: list[Part] = []
     start = selected_start = 0
-    for adapters in bins(list(counts.values()), device.type == "cpu"):
+    on_cpu = device.type == "cpu"
+    for adapters in [[adapter] for adapter, _ in counts.values()] if exact else bins(list(counts.values()), on_cpu):
         first, selected_first = len(spans), len(selected)
         for adapter in adapters:
             members = [item for item in batch if item.adapter is adapter]
-            placed, paths = _place(members, len(spans) and spans[-1].stop, share_rows=device.type == "cpu")
+            placed, paths = _place(members, len(spans) and spans[-1].stop, share_rows=on_cpu and not exact)
             spans += placed
             ordered += members
             selected += [path if item.wanted is None else path[item.wanted] for item, path in zip(members, paths, strict=True)]

@@ -19,6 +19,8 @@ import torch
 from core.captured import Flight, Load, Step, Steps
 from core.datum import SampledSequence, SampleResponse, SamplingParams
 from core.decoder import Decoder
+from core.exact import TILE, ExactAttention
+from core.exact_step import Row, exact_step
 from core.futures import Future
 from core.inference import Attention, Decode, Prefill, run
 from core.kv_cache import KvCache, Pool, Slabs, Slot
@@ -79,7 +81,9 @@ class Sampler:
         self.decoder, self.copies = decoder, copies
         sizes = len(decoder.layers), decoder.heads, decoder.dtype, decoder.device
         on_cuda = decoder.device.type == "cuda"
-        self.pages = Pages(*sizes, kv_tokens) if (on_cuda if paged is None else paged) else None
+        self.exact = decoder.exact
+        paged = (on_cuda if paged is None else paged) and not self.exact
+        self.pages = Pages(*sizes, kv_tokens) if paged else None
         self.steps = Steps(decoder, self.pages, capture and on_cuda) if self.pages is not None else None
 
         def slabs(capacity: int, most: int) -> Pool:
@@ -142,17 +146,18 @@ class Sampler:
             sequence = self._waiting[0]
             request = sequence.request
             name = (request.weights.key, tuple(request.prompt))
-            if name in in_progress:
+            if name in in_progress and not self.exact:
                 held.append(self._waiting.popleft())
                 continue
             capacity = self.cache.capacity_for(request.num_tokens)
-            taken = self.cache.take(request.prompt[:-1], request.num_tokens, request.weights.key, expected[capacity])
+            known = [] if self.exact else request.prompt[:-1]  # whose computation may have had other shapes
+            taken = self.cache.take(known, request.num_tokens, request.weights.key, expected[capacity])
             if taken is None:
                 break
             expected[capacity] -= 1
             sequence.slot, common = taken
             self._waiting.popleft()
-            if common == len(request.prompt) - 1:
+            if common == len(request.prompt) - 1:  # all but the last token, which decoding begins with
                 self._running.append(sequence)
                 self._settle()
             else:
@@ -212,9 +217,15 @@ class Sampler:
             tokens += sequence.tokens[start:stop]
             positions += range(start, stop)
         device = self.decoder.device
-        work: Sequence[Attention] = [PagedPrefill(self.pages, parts)] if self.pages is not None else Prefill.of(parts)
         segments = self._segments([(s.request.weights, stop - start) for s, start, stop in chosen])
-        add = partial(add_lora, segments=segments)
+        add = partial(add_lora, segments=segments, exact=self.exact)
+        work: Sequence[Attention] = Prefill.of(parts)
+        if self.pages is not None:
+            work = [PagedPrefill(self.pages, parts)]
+        elif self.exact:
+            work = [ExactAttention(parts)]
+            filling = -len(tokens) % TILE
+            tokens, positions = tokens + [0] * filling, positions + [0] * filling
         run(self.decoder, torch.tensor(tokens, device=device), torch.tensor(positions, device=device), add, work)
         for sequence, _, stop in chosen:
             assert sequence.slot is not None
@@ -227,6 +238,9 @@ class Sampler:
     # ---- decoding
 
     def _decode(self) -> None:
+        if self.exact:
+            self._decode_exactly()
+            return
         if self._batch is None:
             self._batch = self._make_batch()
         if isinstance(self._batch, Ahead):
@@ -250,6 +264,20 @@ class Sampler:
         batch, self._batch = self._batch, None
         if isinstance(batch, Ahead) and batch.flight is not None:
             self._land(batch, batch.flight)
+
+    def _decode_exactly(self) -> None:
+        taken, self._running = self._running[:TILE], self._running[TILE:]
+        self._running += taken  # the others' turn comes next
+        taken.sort(key=_adapter_order)
+        rows = [
+            Row(s.slot, s.tokens[-1], len(s.tokens) - 1, s.request.params, s.uniform(), s.shift)
+            for s in taken
+            if s.slot is not None
+        ]
+        found = exact_step(self.decoder, rows, self._segments([(s.request.weights, 1) for s in taken]))
+        for sequence, token, logprob, shift in zip(taken, *found, strict=True):
+            sequence.shift = shift
+            self._advance(sequence, token, logprob)
 
     def _decode_now(self, batch: Batch) -> None:
         device = self.decoder.device
@@ -316,7 +344,8 @@ class Sampler:
         counts = _counted(owners)
         rows_of = {weights.key: rows for weights, rows in counts}
         segments, start = [], 0
-        for members in bins(counts, self.decoder.device.type == "cpu"):
+        together = [[weights] for weights, _ in counts] if self.exact else bins(counts, self.decoder.device.type == "cpu")
+        for members in together:
             of_rows, at = [], 0
             for weights in members:
                 rows = rows_of[weights.key]

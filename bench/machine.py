@@ -38,6 +38,14 @@ def _memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def fast_dtype(device: str) -> str:
+    """bfloat16, but float32 on a CPU that would emulate it: for the other side too."""
+    from core import EngineOptions
+
+    dtype, _ = EngineOptions(device=device).resolve()
+    return str(dtype).removeprefix("torch.")
+
+
 def matmul_flops(dtype, device: str, seconds: float = 0.5) -> float:
     """Floating point operations per second of a large square product on random data: the median of repeated calls."""
     import torch

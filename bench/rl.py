@@ -4,10 +4,10 @@
     uv run --group bench python -m bench.rl --all-trl         # every TRL setting tried, to see which is its best
     uv run --group bench python -m bench.rl --quick           # two short rounds
 
-The task of `cook rl`: sums, 16 problems with 8 attempts of at most 12 tokens a step, SmolLM2-135M in bf16, rank 32 on attention
-and MLP (PEFT's all-linear), AdamW at 2e-4, no clipping, no KL term, rewards from the same env. Ours is recipes/rl/reinforce.py
-itself, stopped after each turn and resumed; opening it is not counted, nor is opening TRL's trainer. Both sides live in
-processes of their own and take turns; ratios are medians over rounds, the first left out.
+The task of `cook rl`: sums, 16 problems with 8 attempts of at most 12 tokens a step, SmolLM2-135M in bf16 (fp32 on a CPU
+without it), rank 32 on attention and MLP (PEFT's all-linear), AdamW at 2e-4, no clipping, no KL term, rewards from the same
+env. Ours is recipes/rl/reinforce.py itself, stopped after each turn and resumed; opening it is not counted, nor is opening
+TRL's trainer. Both sides live in processes of their own and take turns; ratios are medians over rounds, the first left out.
 
 The split of ours: sample (what the sampler takes), score (all else of rollouts: envs, rendering, parsing; measured with a
 sampler that answers at once), train (advantages, gradient, update, new sampler), other (logging).
@@ -68,6 +68,7 @@ def compare(args: argparse.Namespace, task: Task) -> dict:
 
 def take_turns(args: argparse.Namespace, task: Task, name: str | None) -> tuple[list[tuple[list, list]], float]:
     """(steps of ours and of TRL's, of each round but the first; seconds of a step's rollouts without sampling)."""
+    from bench.machine import fast_dtype
     from core.models import local_model
 
     scratch = tempfile.mkdtemp(prefix="bench-rl-")
@@ -75,7 +76,7 @@ def take_turns(args: argparse.Namespace, task: Task, name: str | None) -> tuple[
     num_steps = args.rounds * args.turn
     ours, peer = Worker("bench.reinforce_worker", {**shared, "model": args.model}), None
     if name is not None:
-        setting = {"dtype": "bfloat16", "continuous": False, **SETTINGS[name]}
+        setting = {"dtype": fast_dtype(args.device), "continuous": False, **SETTINGS[name]}
         setting["rows"] = min(setting["rows"], task["problems"] * task["attempts"])
         rows = ours.ask({"do": "problems", "count": num_steps})
         job = {**shared, "model": local_model(args.model), "setting": setting, "steps": num_steps, "problem_rows": rows}

@@ -116,6 +116,8 @@ def one_after_another(args: argparse.Namespace, settings: dict[str, dict]) -> di
 
 
 def against_trl(args: argparse.Namespace, settings: dict[str, dict]) -> dict:
+    from bench.machine import fast_dtype
+
     model, rows, scratch = prepare(args)
     shared = {"model": model, "device": args.device, "rows": rows, "probe": rows[:2], "scratch": scratch}
     own = {"dtype": "auto", "token_budget": args.token_budget}
@@ -123,6 +125,8 @@ def against_trl(args: argparse.Namespace, settings: dict[str, dict]) -> dict:
     result = header(args, ours)
     for name, given in settings.items():
         setting = {**given, "checkpointing": False}
+        if fast_dtype(args.device) == "float32":
+            setting["dtype"] = "float32"
         peer = Worker("bench.trl_worker", {**shared, "setting": setting, "rank": 32, "steps": args.rounds})
         pairs, flops = [], []
         for i in range(args.rounds):

@@ -31,7 +31,7 @@ SETTINGS: dict[str, dict] = {
     "16 rows": {"rows": 16},
     "128 rows, continuous batching": {"rows": 128, "continuous": True},
     "128 rows, fp32": {"rows": 128, "dtype": "float32"},
-}  # rows: of a forward and backward; all 128 attempts are generated at once
+}  # rows: of a forward and backward, 128 of which take more than 20 GB in fp32; all 128 attempts are generated at once
 COMPARED = ("128 rows",)
 LEARNING_RATE = 2e-4
 Task = dict[str, int]
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, help="turns of each side; the first is not counted; default 5")
     parser.add_argument("--turn", type=int, default=2, help="steps of a turn")
+    parser.add_argument("--trl", nargs="+", choices=SETTINGS, default=list(COMPARED), metavar="SETTING", help="of SETTINGS")
     parser.add_argument("--all-trl", action="store_true")
     parser.add_argument("--no-trl", action="store_true", help="only the split of ours")
     parser.add_argument("--quick", action="store_true", help="two rounds of one step, 4 problems with 4 attempts")
@@ -60,7 +61,7 @@ def compare(args: argparse.Namespace, task: Task) -> dict:
 
     about = {"date": time.strftime("%Y-%m-%d"), "command": " ".join(["python -m bench.rl", *sys.argv[1:]])}
     result = {**about, "machine": describe(args.device), **task, "against": []}
-    for name in [None] if args.no_trl else list(SETTINGS) if args.all_trl else list(COMPARED):
+    for name in [None] if args.no_trl else list(SETTINGS) if args.all_trl else args.trl:
         result["against"].append(summary(name, *take_turns(args, task, name)))
         print(text(result["against"][-1]), flush=True)
     return result

@@ -24,8 +24,12 @@ def games(answer, count: int = 4, group_size: int = 4, **config: int):
     return rollouts.run(problems, ScriptedSampler(answer, renderer), group_size, (0,))
 
 
+def last_message(prompt: str) -> str:
+    return prompt.rsplit("<|im_start|>user\n", 1)[1].split("<|im_end|>")[0]
+
+
 def by_the_book(prompt: str, _: SamplingParams) -> str:
-    board = tictactoe.seen(prompt)
+    board = tictactoe.seen(last_message(prompt))
     assert board
     return tictactoe.best_move(board)
 
@@ -38,7 +42,7 @@ def test_two_perfect_players_draw_and_both_are_trained() -> None:
 
 def test_a_win_for_one_seat_is_a_loss_for_the_other() -> None:
     def lowest(prompt: str, _: SamplingParams) -> str:
-        board = tictactoe.seen(prompt)
+        board = tictactoe.seen(last_message(prompt))
         assert board
         return tictactoe.free(board)[0]
 
@@ -128,9 +132,11 @@ def test_a_class_in_trls_shape_has_its_methods_as_tools(module: str) -> None:
     renderer = tiny_renderer()
 
     def answer(prompt: str, _: SamplingParams) -> str:
-        number = prompt.split("Double ")[1].split(",")[0]
+        number = last_message(prompt).split("Double ")[-1].split(",")[0] if "Double " in last_message(prompt) else None
+        if number is None:
+            return "done"
         call = f'<tool_call>\n{{"name": "double", "arguments": {{"value": {number}}}}}\n</tool_call>'
-        return "done" if f"{2 * int(number)}" in prompt.split("</tools>")[-1].split("Double ")[-1][3:] else call
+        return call
 
     params = SamplingParams(max_tokens=200)
     (group,) = Rollouts(renderer, params, Limits()).run([problem], ScriptedSampler(answer, renderer), 2, (0,))

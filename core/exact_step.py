@@ -38,19 +38,19 @@ def exact_step(
     n, device = len(rows), decoder.device
     assert n <= TILE
 
-    def filled(values: list) -> torch.Tensor:
-        return torch.tensor([*values, *[0] * (TILE - n)], device=device)
+    def filled(values: Sequence[float], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.tensor([*values, *[0] * (TILE - n)], dtype=dtype, device=device)
 
     attention = ExactAttention([(row.slot, 1, row.position) for row in rows])
     add = partial(add_lora, segments=segments, exact=True)
     x = run(decoder, filled([r.token for r in rows]), filled([r.position for r in rows]), add, [attention])
     head = Head(decoder, x, [_Unembedding(segment) for segment in segments])
-    shift = filled([row.shift or 0.0 for row in rows]).float()
+    shift = filled([row.shift or 0.0 for row in rows], torch.float32)
     fresh = torch.ones(TILE, dtype=torch.bool, device=device)
     fresh[:n] = torch.tensor([row.shift is None for row in rows], device=device)
     shift = torch.where(fresh, head.logits(torch.zeros_like(shift)).amax(0).float(), shift)
     choice = Choice.of([*[row.params for row in rows], *[SamplingParams()] * (TILE - n)], device)
-    picked = pick(head, shift, choice, filled([row.uniform for row in rows]).double())
+    picked = pick(head, shift, choice, filled([row.uniform for row in rows], torch.float64))
     logprobs = picked.logprobs.clone()
     if any(row.params.temperature in (0.0, 1.0) for row in rows):
         parts = [Part(slice(s.start, s.end), s, s.scale) for s in segments]

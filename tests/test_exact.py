@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from core import AdamParams, Datum, ModelInput, TrainingClient
+from core import AdamParams, Datum, ModelInput, SamplingParams, TrainingClient
+from core.exact import TILE
+from core.exact_step import Row, exact_step
+from core.kv_cache import Slabs, Slot
+from core.packing import make_segment
 from tests.test_sampler import TIMEOUT, ask, prompt
-from tests.tiny import data, datum, randomise, service_at, tiny_model_dir
+from tests.tiny import assert_close, data, datum, randomise, service_at, tiny_model_dir
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -85,3 +89,65 @@ def test_it_trains_as_without(tmp_path: Path) -> None:
     assert torch.allclose(exact.adapter.params, plain.adapter.params, atol=2e-5)
     exact.close()
     plain.close()
+
+
+def test_greedy_samples_and_more_sequences_than_a_step_takes(tmp_path: Path) -> None:
+    client = exact_client(tmp_path, "llama", "bfloat16", 4, 0)
+    sampler = client.save_weights_and_get_sampling_client().result(TIMEOUT)
+    many = ask(sampler, prompt(9), TILE + 3, max_tokens=3).result(TIMEOUT).sequences
+    assert len(many) == TILE + 3
+    greedy = ask(sampler, prompt(9), max_tokens=3, temperature=0.0).result(TIMEOUT).sequences[0]
+    for sequence in (many[0], many[-1], greedy):
+        assert sequence.logprobs == trained_logprobs(client, prompt(9), sequence.tokens, [])
+    sampler.close()
+    client.close()
+
+
+def test_uniform_numbers_are_not_rounded_to_fp32(tmp_path: Path) -> None:
+    """Then a token would give way to the next one only halfway between two fp32 numbers."""
+    client = exact_client(tmp_path, "llama", "float32", 4, 0)
+    decoder = client.engine.decoder
+    pool = Slabs(64, 1, len(decoder.layers), decoder.heads, decoder.dtype, decoder.device)
+    weights = client.adapter.snapshot()
+    segment = make_segment(0, 1, [weights], [(weights, 0, 1)], client.engine.copies, with_grad=False)
+
+    @torch.no_grad()
+    def drawn(uniform: float) -> int:
+        return exact_step(decoder, [Row(Slot(pool, 0), 1, 0, SamplingParams(), uniform, None)], [segment])[0][0]
+
+    low, high = 0.5, 1 - 2**-20
+    first = drawn(low)
+    assert drawn(high) != first
+    while high - low > 2**-45:
+        middle = (low + high) / 2
+        low, high = (middle, high) if drawn(middle) == first else (low, middle)
+    assert abs(high * 2**25 - round(high * 2**25)) > 2**-10
+    client.close()
+
+
+def test_several_targets_custom_losses_and_recomputation(tmp_path: Path) -> None:
+    client = exact_client(tmp_path, "qwen3", "bfloat16", 4, 0)
+    one = datum(33, 3)
+    targets = one.loss_fn_inputs["target_tokens"]
+    two = Datum(one.model_input, {"target_tokens": torch.stack([targets, targets.flip(0)], dim=1)})
+
+    def minus_sum(_, logprobs: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+        return -torch.cat([lp.flatten() for lp in logprobs]).sum(), {}
+
+    def passed(recompute: bool) -> list[torch.Tensor]:
+        client.engine.recompute = recompute
+        output = client.forward_backward_custom([two], minus_sum).result(TIMEOUT)
+        gradient = client.adapter.grad.clone()
+        client.adapter.clear_grad()
+        return [output.loss_fn_outputs[0]["logprobs"], gradient]
+
+    plain = client.forward_backward([two], "cross_entropy").result(TIMEOUT).loss_fn_outputs[0]["logprobs"]
+    gradient = client.adapter.grad.clone()
+    client.adapter.clear_grad()
+    for recompute in (False, True):
+        logprobs, found = passed(recompute)
+        assert torch.equal(logprobs, plain)
+        assert_close(found, gradient, 1e-2)
+    alone = client.forward([Datum(one.model_input, {"target_tokens": targets})], "cross_entropy").result(TIMEOUT)
+    assert torch.equal(plain[:, 0], alone.loss_fn_outputs[0]["logprobs"])
+    client.close()

@@ -15,7 +15,6 @@ import triton.language as tl
 
 from core.attention import Heads
 
-PAGE = 64  # keys per page of the cache (core/paged.py)
 _MIN_DOT = 16  # that a tile of tl.dot has at least, each way
 
 
@@ -254,7 +253,7 @@ def attend_pages(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor, positions: torch.Tensor, scaling: float,
     heads: Heads, out: torch.Tensor,
 ) -> None:  # fmt: skip
-    """q [n, heads.q, size] (rows may lie apart) -> out, over pages k and v [pages, PAGE, heads.kv, size]; table [n, width].
+    """q [n, heads.q, size] (rows may lie apart) -> out, over pages k and v [pages, keys, heads.kv, size]; table [n, width].
 
     Row i sees keys 0 ... positions[i]. Few rows share the work of a sequence among several programs.
     """
@@ -270,7 +269,7 @@ def attend_pages(
         parts = tuple(torch.empty(count * m, dtype=torch.float32, device=q.device) for m in (heads.size, 1, 1))
     _attend_pages[(n, heads.kv, splits)](
         q, k, v, table, positions, out, *parts, scaling, q.stride(0), table.stride(0), heads.kv, heads.group, heads.size,
-        splits, PAGE, rows, block, num_warps=4,
+        splits, k.shape[1], rows, block, num_warps=4,
     )  # fmt: skip
     if splits > 1:
         _join_splits[(n * heads.kv, heads.group)](*parts, out, heads.group, heads.size, splits, block)

@@ -175,12 +175,6 @@ class KvCache:
             slot.tokens, slot.weights = [], None
             slot.pool.clear(slot)
 
-    def forget(self, weights: Hashable) -> None:
-        """Nobody will ask for these weights again."""
-        for slot in self.slots():
-            if not slot.busy and slot.weights == weights:
-                slot.tokens, slot.weights = [], None
-
     def capacity_for(self, num_tokens: int) -> int:
         return SMALLEST << max(0, (num_tokens - 1) // SMALLEST).bit_length()
 

@@ -89,7 +89,7 @@ def test_rotated_heads_and_their_gradient(heads: Heads, normed: bool) -> None:
 def test_attention_over_pages_of_sequences_of_any_length(heads: Heads, rows: int) -> None:
     from core import kernels
 
-    k, v = noise(30, PAGE, heads.kv, heads.size), noise(30, PAGE, heads.kv, heads.size + 0) * 2
+    k, v = noise(30, PAGE, heads.kv, heads.size), noise(30, PAGE, heads.kv, heads.size) * 2
     generator = torch.Generator().manual_seed(rows)
     positions = torch.randint(0, 6 * PAGE, (rows,), generator=generator)
     positions[0] = 6 * PAGE - 1

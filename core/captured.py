@@ -17,7 +17,7 @@ from core.datum import SamplingParams
 from core.decoder import Decoder
 from core.inference import run
 from core.paged import PagedDecode, Pages
-from core.sampling import Choice, draw, exact_logits, narrow
+from core.sampling import Choice, draw, fp32_logits, narrow
 from core.stacked import Stack, StackedRows
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # rows; larger steps are not captured
@@ -122,7 +122,7 @@ class Step:
         self.work.ready(self._decoder.dtype)
         x = run(self._decoder, self.tokens, self.positions, self._add, [self.work])
         adapters = [(s.unembed, mask) for s, mask in zip(self.stacks, self.masks, strict=True) if s.unembed is not None]
-        self.logits = exact_logits(self._decoder, x, adapters).mul_(self.inverse_temperature.unsqueeze(1))
+        self.logits = fp32_logits(self._decoder, x, adapters).mul_(self.inverse_temperature.unsqueeze(1))
         tokens, logprobs = draw(self.logits, self.greedy, self.uniform)
         self.tokens.copy_(tokens)
         self.positions.add_(1)
@@ -168,3 +168,8 @@ class Steps:
                 del self._made[next(iter(self._made))]
         step.load(load)
         return step
+
+    def forget_others(self, stacks: Sequence[Stack]) -> None:
+        """Steps with other stacks than these will not be asked for, and hold the tensors of those."""
+        kept = {id(stack) for stack in stacks}
+        self._made = {key: step for key, step in self._made.items() if kept.issuperset(map(id, step.stacks))}

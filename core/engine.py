@@ -31,8 +31,8 @@ from core.lora import Adapter, ComputeCopies, Geometry, Segment, Weights
 from core.models import fingerprint, load_base
 from core.objective import Objective, Term
 from core.packing import Item, cut, lay_out
-from core.request import Call, PassRequest
-from core.sampler import Sampler, SampleRequest
+from core.request import Call, PassRequest, SampleRequest
+from core.sampler import Sampler
 from core.sampling import top_logprobs
 
 log = logging.getLogger("cook.engine")

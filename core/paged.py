@@ -73,10 +73,10 @@ def pages_of(slot: Slot) -> list[int]:
 
 
 def page_table(slots: Sequence[Slot], width: int) -> torch.Tensor:
-    """[n, width] int32: each slot's pages, then page 0."""
+    """[n, width] int32: each slot's first pages, then page 0. A slot's capacity may go beyond the context, tokens do not."""
     table = torch.zeros(len(slots), width, dtype=torch.int32)
     for row, slot in enumerate(slots):
-        pages = pages_of(slot)
+        pages = pages_of(slot)[:width]
         table[row, : len(pages)] = torch.tensor(pages)
     return table
 

@@ -1,16 +1,17 @@
-"""What waits in a client's queue."""
+"""What waits in a client's queue or is being sampled."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from core.datum import Datum, ForwardBackwardOutput
+from core.datum import Datum, ForwardBackwardOutput, SampleResponse, SamplingParams
 from core.door import Sequenced
 from core.futures import Future
+from core.kv_cache import Slot
 from core.lora import Adapter, Weights
 from core.packing import Item
 
@@ -52,3 +53,40 @@ class Call:
 
     work: Callable[[], Any]
     future: Future
+
+
+@dataclass(eq=False)
+class SampleRequest:
+    """One call of `sample`, checked."""
+
+    prompt: list[int]
+    num_samples: int
+    params: SamplingParams
+    max_tokens: int
+    weights: Weights
+    ends: Callable[[list[int]], bool]  # whether the tokens so far end in something to stop at
+    future: Future[SampleResponse]
+    prompt_logprobs: tuple[list[float | None], list[list[tuple[int, float]] | None] | None] | None = None
+    sequences: list[Continuation] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the longest that a sequence can become."""
+        return len(self.prompt) + self.max_tokens
+
+
+@dataclass(eq=False)
+class Continuation:
+    """One sample on its way: `tokens` are the prompt and what has been sampled."""
+
+    request: SampleRequest
+    tokens: list[int]
+    uniform: Callable[[], float]
+    logprobs: list[float] = field(default_factory=list)
+    slot: Slot | None = None
+    shift: float | None = None
+    stop_reason: str | None = None
+
+    @property
+    def sampled(self) -> list[int]:
+        return self.tokens[len(self.request.prompt) :]

@@ -10,65 +10,28 @@ import random
 import secrets
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from core.captured import Flight, Load, Step, Steps
-from core.datum import SampledSequence, SampleResponse, SamplingParams
+from core.datum import SampledSequence, SampleResponse
 from core.decoder import Decoder
 from core.exact import TILE, ExactAttention
 from core.exact_step import Row, exact_step
-from core.futures import Future
 from core.inference import Attention, Decode, Prefill, run
-from core.kv_cache import KvCache, Pool, Slabs, Slot
+from core.kv_cache import KvCache, Pool, Slabs
 from core.lora import ComputeCopies, Segment, Weights, add_lora
 from core.packing import bins, make_segment
 from core.paged import PAGE, PagedPrefill, Pages, page_table
+from core.request import Continuation, SampleRequest
 from core.sampling import Choice, Head, pick
 from core.stacked import StackedRows, Stacks
 
 PREFILL_ROWS = {"cpu": 1024, "cuda": 8192}  # new prompt tokens per pass; decoding goes on between passes
 DIVERGED = "the model's logits are not finite: the adapter has diverged"
-
-
-@dataclass(eq=False)
-class SampleRequest:
-    """One call of `sample`, checked."""
-
-    prompt: list[int]
-    num_samples: int
-    params: SamplingParams
-    max_tokens: int
-    weights: Weights
-    ends: Callable[[list[int]], bool]  # whether the tokens so far end in something to stop at
-    future: Future[SampleResponse]
-    prompt_logprobs: tuple[list[float | None], list[list[tuple[int, float]] | None] | None] | None = None
-    sequences: list[Continuation] = field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        """Of the longest that a sequence can become."""
-        return len(self.prompt) + self.max_tokens
-
-
-@dataclass(eq=False)
-class Continuation:
-    """One sample on its way: `tokens` are the prompt and what has been sampled."""
-
-    request: SampleRequest
-    tokens: list[int]
-    uniform: Callable[[], float]
-    logprobs: list[float] = field(default_factory=list)
-    slot: Slot | None = None
-    shift: float | None = None
-    stop_reason: str | None = None
-
-    @property
-    def sampled(self) -> list[int]:
-        return self.tokens[len(self.request.prompt) :]
 
 
 class Sampler:
@@ -105,7 +68,7 @@ class Sampler:
     def submit(self, request: SampleRequest) -> None:
         seed, weights = request.params.seed, request.weights
         if weights.key not in self._alive and not torch.linalg.vector_norm(weights.params) < float("inf"):
-            self._fail(request, FloatingPointError(DIVERGED))  # in a shared product its neighbours would see 0 * NaN
+            request.future.set_exception(FloatingPointError(DIVERGED))  # in a shared product its neighbours would see 0 * NaN
             return
         self._alive[weights.key] = weights
         for i in range(request.num_samples):
@@ -116,8 +79,9 @@ class Sampler:
     def fail_all(self, error: BaseException) -> None:
         self._batch = None
         for sequence in [*self._waiting, *self._filling, *self._running]:
-            self._fail(sequence.request, error)
+            sequence.request.future.set_exception(error)
         self._drop_ended()
+        self._stacks.clear()
 
     @torch.no_grad()
     def step(self) -> None:
@@ -167,26 +131,17 @@ class Sampler:
 
     def _drop_ended(self) -> None:
         """Sequences that are done, failed or cancelled give up their slots."""
-
-        def over(sequence: Continuation) -> bool:
-            if sequence.request.future.done():
-                sequence.request.sequences.clear()  # a circle of references would keep the weights until someone collects it
-                return True
-            return sequence.stop_reason is not None
-
-        if any(over(sequence) for sequence in [*self._filling, *self._running]):
+        if any(_over(sequence) for sequence in [*self._filling, *self._running]):
             self._settle()
-            for sequence in [*self._filling, *self._running]:
-                if over(sequence) and sequence.slot is not None:
-                    self.cache.leave(sequence.slot, spoilt=sequence.stop_reason == "failed")
-                    sequence.slot = None
-        self._filling = [s for s in self._filling if not over(s)]
-        self._running = [s for s in self._running if not over(s)]
-        if any(over(sequence) for sequence in self._waiting):
-            self._waiting = deque(s for s in self._waiting if not over(s))
-
-    def _fail(self, request: SampleRequest, error: BaseException) -> None:
-        request.future.set_exception(error)
+            ended = [s for s in [*self._filling, *self._running] if _over(s)]  # asked once: clients cancel at any moment
+            for sequence in ended:
+                assert sequence.slot is not None
+                self.cache.leave(sequence.slot, spoilt=sequence.stop_reason == "failed")
+                sequence.slot = None
+            self._filling = [s for s in self._filling if s not in ended]
+            self._running = [s for s in self._running if s not in ended]
+        if any(_over(sequence) for sequence in self._waiting):
+            self._waiting = deque(s for s in self._waiting if not _over(s))
 
     def _finish(self, sequence: Continuation, reason: str) -> None:
         sequence.stop_reason = reason
@@ -256,7 +211,7 @@ class Sampler:
 
     def _land(self, batch: Ahead, flight: Flight) -> None:
         for sequence, token, logprob in zip(batch.sequences, *flight.wait(), strict=True):
-            if sequence.stop_reason is None and not sequence.request.future.done():
+            if sequence.stop_reason is None and (logprob != logprob or not sequence.request.future.done()):
                 self._advance(sequence, token, logprob)
 
     def _settle(self) -> None:
@@ -303,7 +258,7 @@ class Sampler:
         request = sequence.request
         if logprob != logprob:
             sequence.stop_reason = "failed"
-            self._fail(request, FloatingPointError(DIVERGED))
+            request.future.set_exception(FloatingPointError(DIVERGED))
             return
         sequence.slot.tokens.append(sequence.tokens[-1])
         sequence.tokens.append(token)
@@ -327,6 +282,7 @@ class Sampler:
         choice = Choice.of([s.request.params for s in sequences], device)
         if self.steps is not None:
             load = Load(tokens, positions, page_table(slots, self.page_width).to(device), adapters, choice)
+            self.steps.forget_others(self._stacks.kept)
             return Ahead(sequences, self.steps.loaded(load), choice)
         shift = tensor([s.shift or 0.0 for s in sequences])
         fresh = [row for row, s in enumerate(sequences) if s.shift is None]
@@ -390,6 +346,13 @@ class Ahead:
     def most_go_on(self) -> bool:
         """After the step under way, as far as max_tokens tells."""
         return 2 * sum(len(s.logprobs) + 1 < s.request.max_tokens for s in self.sequences) > len(self.sequences)
+
+
+def _over(sequence: Continuation) -> bool:
+    if sequence.request.future.done():
+        sequence.request.sequences.clear()  # a circle of references would keep the weights until someone collects it
+        return True
+    return sequence.stop_reason is not None
 
 
 def _counted(owners: Iterable[tuple[Weights, int]]) -> list[tuple[Weights, int]]:

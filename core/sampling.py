@@ -147,7 +147,7 @@ def narrow(logits: torch.Tensor, params: SamplingParams, uniform: float) -> int:
     return int(tokens[place]) if weights[place] > 0 else int(tokens[0])
 
 
-def exact_logits(
+def fp32_logits(
     decoder: Decoder, x: torch.Tensor, adapters: Sequence[tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]]
 ) -> torch.Tensor:
     """[n, V] fp32 of rows x [n, d], where a product can return fp32; adapters: ((A [d, R], B [V, R]), mask [n, R])."""

@@ -13,8 +13,7 @@ from core.datum import ModelInput, SampleResponse, SamplingParams
 from core.door import Sequenced
 from core.futures import Future
 from core.lora import Weights
-from core.request import Call, PassRequest
-from core.sampler import SampleRequest
+from core.request import Call, PassRequest, SampleRequest
 from core.stops import ends_at
 
 if TYPE_CHECKING:

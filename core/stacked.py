@@ -159,6 +159,11 @@ class Stacks:
         self._made: dict[tuple, Stack] = {}
         self._spare: list[Stack] = []  # of those that stay
 
+    @property
+    def kept(self) -> list[Stack]:
+        """In use or spare: no other will be used again."""
+        return [*self._made.values(), *self._spare]
+
     def rows_of(self, owners: Sequence[tuple[Weights, int]], device: torch.device) -> list[StackedRows]:
         """`owners` in row order, like ranks and geometries side by side; adapters without a geometry get nothing."""
         found, start, i = [], 0, 0

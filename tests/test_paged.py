@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from core import SamplingClient, TrainingClient
-from core.paged import PAGE, PagedPool
+from core import SamplingClient, SamplingParams, TrainingClient
+from core.attention import Heads
+from core.captured import Step, Steps
+from core.futures import Future
+from core.paged import PAGE, PagedPool, Pages, page_table
+from core.request import SampleRequest
 from core.sampler import Sampler
+from core.stacked import Stacks
 from tests.test_sampler import TIMEOUT, ask, assert_alike, largest_difference, prompt
 from tests.tiny import KINDS, new_client
 
@@ -88,4 +95,90 @@ def test_pages_come_back_when_another_capacity_needs_them(tmp_path: Path) -> Non
     taken = [page for pool in trainer.engine.sampler.cache.pools.values() for pages in pool.pages for page in pages]
     assert sorted(taken + memory.free) == [1, 2, 3, 4]
     sampler.close()
+    trainer.close()
+
+
+def test_a_table_is_as_wide_as_the_context_though_slots_are_larger() -> None:
+    """A context of 40,960 tokens is given a slot of 65,536."""
+    pool = Pages(1, Heads(1, 1, 8), torch.float32, torch.device("cpu"), 5 * PAGE).new_pool(4 * PAGE, 1)
+    pool.grow(1)
+    assert page_table(pool.slots, 3).tolist() == [[1, 2, 3]]
+    assert page_table(pool.slots, 5).tolist() == [[1, 2, 3, 4, 0]]
+
+
+def test_nothing_that_is_not_finite_stays_in_the_pages(tmp_path: Path) -> None:
+    """Each sequence of a diverged request has written some; under weights of 0 it would spoil whoever comes next."""
+    trainer = new_client(tmp_path)
+    with_pages(trainer, 64 * PAGE)
+    trainer.adapter.params.fill_(1e15)  # finite, but not its products
+    trainer.adapter.version += 1
+    sampler = trainer.save_weights_and_get_sampling_client().result(TIMEOUT)
+    with pytest.raises(FloatingPointError):
+        ask(sampler, prompt(1), 4).result(TIMEOUT)
+    sampler.close()
+    trainer.close()  # the engine's thread ends with its last client
+    trainer.engine._thread.join(TIMEOUT)
+    memory = trainer.engine.sampler.pages
+    assert memory is not None and memory.k.numel() > 0
+    assert bool(torch.isfinite(memory.k).all()) and bool(torch.isfinite(memory.v).all())
+
+
+def test_only_steps_whose_adapters_can_come_back_are_kept(tmp_path: Path) -> None:
+    """Each holds the tensors of its stacks."""
+    trainers = [new_client(tmp_path, rank=rank) for rank in range(1, 8)]
+    engine = trainers[0].engine
+    memory = Pages(1, engine.decoder.heads, torch.float32, engine.device, PAGE)
+    steps, stacks = Steps(engine.decoder, memory, capture=False), Stacks(engine.copies, stay=True)
+    for trainer in trainers:
+        (rows,) = stacks.rows_of([(trainer.adapter.snapshot(), 1)], engine.device)
+        steps._made[(id(rows.stack),)] = Step(engine.decoder, memory, 1, 2, [rows.stack])
+        steps.forget_others(stacks.kept)
+    assert [step.stacks[0].rank for step in steps._made.values()] == [3, 4, 5, 6, 7]
+    for trainer in trainers:
+        trainer.close()
+
+
+class CancelledAt(Future):
+    """Cancelled when it is asked for the n-th time."""
+
+    def __init__(self, look: int) -> None:
+        super().__init__()
+        self.left = look
+
+    def done(self) -> bool:
+        self.left -= 1
+        return self.left <= 0 or super().done()
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_a_request_cancelled_at_any_moment_gives_its_slot_back(paged: bool, tmp_path: Path) -> None:
+    trainer = new_client(tmp_path)
+    engine = trainer.engine
+    weights, params = trainer.adapter.snapshot(), SamplingParams(9, seed=0)
+    for look in range(1, 20):
+        sampler = Sampler(engine.decoder, engine.copies, 64 * PAGE, paged=paged)
+        for future in (CancelledAt(look), Future()):
+            sampler.submit(SampleRequest(prompt(5), 1, params, 9, weights, lambda tokens: False, future))
+        while sampler.busy:
+            sampler.step()
+        assert not any(slot.busy for slot in sampler.cache.slots())
+        assert all(pool.num_busy == 0 for pool in sampler.cache.pools.values())
+    trainer.close()
+
+
+def test_a_failure_lets_go_of_the_adapters(tmp_path: Path) -> None:
+    trainer = new_client(tmp_path)
+    engine = trainer.engine
+    sampler = Sampler(engine.decoder, engine.copies, 64 * PAGE, paged=True)
+    weights, future = trainer.adapter.snapshot(), Future()
+    params = SamplingParams(20, seed=0)
+    sampler.submit(SampleRequest(prompt(5), 1, params, 20, weights, lambda tokens: False, future))
+    for _ in range(3):
+        sampler.step()
+    kept = weakref.ref(weights)
+    del weights
+    sampler.fail_all(RuntimeError("the device is gone"))
+    assert kept() is None
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        future.result(0)
     trainer.close()

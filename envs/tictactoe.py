@@ -194,7 +194,7 @@ def problems(config: Config, split: str, seed: int) -> Iterator[Opening]:
 
 
 def _boards(opening: int, rng: random.Random) -> Iterator[str]:
-    """After one or two moves nobody wins with the next, so that both seats get to move, and nobody is lost yet."""
+    """After at most two moves nobody wins with the next, so that both seats get to move; from some boards X can force a win."""
     while True:
         board = EMPTY
         for _ in range(rng.randint(0, opening)):

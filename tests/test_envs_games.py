@@ -34,9 +34,8 @@ def by_the_book(prompt: str, _: SamplingParams) -> str:
     return tictactoe.best_move(board)
 
 
-@pytest.mark.xfail(reason="written last and never seen to pass: the script or the env is wrong")
 def test_two_perfect_players_draw_and_both_are_trained() -> None:
-    for group in games(by_the_book):
+    for group in games(by_the_book, opening=1):  # after two moves at random one of them may be lost
         assert [t.reward for t in group.trajectories] == [tictactoe.DRAW] * 4
         assert all(t.metrics["drawn"] == 1 and t.metrics["illegal"] == 0 and t.transitions for t in group.trajectories)
 
@@ -127,16 +126,15 @@ def test_an_env_class_gets_a_seed_or_the_columns_it_names(module: str) -> None:
     assert numbers <= set(range(1, 21)) and len(numbers) > 10
 
 
-@pytest.mark.xfail(reason="written last and never seen to pass: the script or the env is wrong")
 def test_a_class_in_trls_shape_has_its_methods_as_tools(module: str) -> None:
     rows = str(Path(module).parent / "rows.jsonl")
     problem = next(own_class.problems(own_class.Config(cls=f"{module}:Theirs", path=rows), "train", 0))
     renderer = tiny_renderer()
 
     def answer(prompt: str, _: SamplingParams) -> str:
-        number = last_message(prompt).split("Double ")[-1].split(",")[0] if "Double " in last_message(prompt) else None
-        if number is None:
+        if "<|im_start|>tool" in prompt:
             return "done"
+        number = last_message(prompt).split("Double ")[-1].split(",")[0]
         return f'<tool_call>\n{{"name": "double", "arguments": {{"value": {number}}}}}\n</tool_call>'
 
     params = SamplingParams(max_tokens=200)

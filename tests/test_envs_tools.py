@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -197,19 +199,38 @@ def test_tests_decide_about_code(coding: tuple[Env, str, str]) -> None:
 
 @sandboxed
 @pytest.mark.parametrize(
+    ("result", "expected"),
+    [
+        ("__import__('collections').Counter('aab')", "{'a': 2, 'b': 1}"),
+        ("(x for x in range(3))", "[0, 1, 2]"),
+        ("__import__('collections').namedtuple('P', 'x y')(1, 2)", "(1, 2)"),
+        ("{1.5: [None, True, b'x', 'y', 2j]}", "{1.5: [None, True, b'x', 'y', 2j]}"),
+        ("lambda: {3}", "{3}"),
+    ],
+)
+def test_plain_data_reaches_the_tests_as_it_is(result: str, expected: str, tmp_path: Path) -> None:
+    test = f"def check(f):\n    r = f()\n    r = r() if callable(r) else r\n    assert type({expected})(r) == {expected}"
+    row = {"prompt": "def f():\n", "test": test, "entry_point": "f", "canonical_solution": f"    return {result}"}
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(row | {"prompt": f"# {n}\ndef f():\n"}) + "\n" for n in range(6)))
+    (problem,) = first(code_problems.problems(code_problems.Config(path=str(tmp_path / "tasks.jsonl")), "train", 0))
+    gold = problem.solve([])
+    assert gold and problem.make(1)[0].step(gold).reward == 1.0  # type: ignore[union-attr]
+
+
+@sandboxed
+@pytest.mark.parametrize(
     "body",
     [
         "import sys; sys.exit(0)",
         "import os; os._exit(0)",
         "print('OK'); raise SystemExit(0)",
-        pytest.param(
-            "class Any:\n        def __eq__(self, other): return True\n    return Any()",
-            marks=pytest.mark.xfail(reason="tests compare with ==, and the answer's own object decides; not mended yet"),
-        ),
+        "class Any:\n        def __eq__(self, other): return True\n    return Any()",
+        "class Any(int):\n        def __eq__(self, other): return True\n    return [Any()]",
+        "class Any:\n        def __eq__(self, other): return True\n    [a.append(Any()) for a in args if type(a) is list]",
         "while True: pass",
         "import builtins; builtins.AssertionError = type('E', (BaseException,), {}); return 0",
     ],
-    ids=["exit", "_exit", "print", "eq", "loop", "assert"],
+    ids=["exit", "_exit", "print", "eq", "subclass", "argument", "loop", "assert"],
 )
 def test_tricks_do_not_pass(coding: tuple[Env, str, str], body: str) -> None:
     env, _, name = coding

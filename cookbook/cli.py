@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from cookbook import cli_runs
+from cookbook.cli_runs import RunArg
 from cookbook.errors import UsageError
 
 if TYPE_CHECKING:
@@ -33,7 +35,6 @@ ConfigDir = Annotated[Path | None, typer.Option("--config-dir", help="Your own m
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Read data, show an example, estimate memory and time.")]
 EnvName = Annotated[str, typer.Argument(help="One of those that `cook envs` lists.", metavar="NAME")]
 EnvKeys = Annotated[list[str] | None, typer.Argument(help="Of the env, as in digits=3.", metavar="[KEY=VALUE]...")]
-RunArg = Annotated[str, typer.Argument(help="A run directory, or its name under runs/.", metavar="RUN")]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,6 +102,9 @@ def rerun(
     from cookbook.launch import repeat
 
     return _start(repeat(run, overrides or [], config_dir), cfg, dry_run)
+
+
+app.add_typer(cli_runs.app)  # without a name: its commands are cook's own
 
 
 @data_app.command("check")

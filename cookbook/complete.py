@@ -10,7 +10,8 @@ from typing import Any
 from cookbook.compose import DEFAULT_RECIPE, load_recipe, recipe_files, typed_config
 from cookbook.environments import env_module
 from cookbook.keys import declared, group_options, groups, is_mapping, is_text, sections
-from cookbook.launch import MAY_CHANGE, RUNS, run_directories
+from cookbook.launch import MAY_CHANGE
+from cookbook.run_reader import RUNS, name_of, run_directories
 from envs import MODULES
 
 # Bash breaks words at = and :, so its answers are what stands after the last of them.
@@ -36,6 +37,8 @@ _cook() {
 compdef _cook cook
 """
 _FISH = "complete -c cook -f -a '(cook _complete fish (commandline -cp) 2>/dev/null)'\n"
+ON_SEVERAL_RUNS = ("report",)
+ON_RUNS = (*ON_SEVERAL_RUNS,)  # commands of cli_runs.py that take a run
 SCRIPTS = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
 
 
@@ -77,8 +80,10 @@ def _options(command: Any, before: list[str], word: str) -> Iterator[str]:
 
 
 def _arguments(command: str, before: list[str], word: str) -> Iterator[str]:
-    if command in ("resume", "rerun", "run") and not before:
-        yield from _paths(word, ".py") if command == "run" else _runs(word)
+    if command in ("resume", "rerun", *ON_RUNS) and (not before or command in ON_SEVERAL_RUNS):
+        yield from _runs(word)
+    elif command == "run" and not before:
+        yield from _paths(word, ".py")
     elif command == "completion":
         yield from SCRIPTS
     elif command == "resume":
@@ -133,7 +138,8 @@ def _values(keys: Mapping[str, object], word: str) -> Iterator[str]:
 
 
 def _runs(word: str) -> Iterator[str]:
-    yield from (f"{RUNS}/{run.name}" if word.startswith(str(RUNS)) else run.name for run in run_directories())
+    names = map(name_of, run_directories())
+    yield from (f"{RUNS}/{name}" if word.startswith(str(RUNS)) else name for name in names)
     yield from _paths(word)
 
 

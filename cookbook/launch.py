@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import time
@@ -12,9 +11,8 @@ from typing import Any
 
 from cookbook.compose import DEFAULT_RECIPE, Composed, load_recipe, recompose, to_yaml
 from cookbook.errors import UsageError
-from cookbook.keys import did_you_mean
+from cookbook.run_reader import RUNS, PastRun, read_run
 
-RUNS = Path("runs")
 MAY_CHANGE = re.compile(r"(steps|epochs|eval_every|save_every|save_minutes|keep_last|log\..+)$")  # on resume
 
 
@@ -53,22 +51,16 @@ def reopen(run: str, overrides: list[str]) -> tuple[Composed, Path]:
                 f"{override}: a resumed run keeps its {key}; steps, epochs, eval_every, save_*, keep_last, log.* may "
                 f"change (a new run with this change: cook rerun {run} {override})"
             )
-    directory = _find(run)
-    recipe, saved, _ = _record(directory)
-    return recompose(recipe, saved, overrides), directory
+    past = _saved(run)
+    return recompose(past.recipe, past.config, overrides), past.directory
 
 
 def repeat(run: str, overrides: list[str], config_dir: Path | None) -> Composed:
     """The configuration of a run under a new name, with changes."""
-    recipe, saved, earlier = _record(_find(run))
-    composed = recompose(recipe, saved | {"name": None, "run_dir": None}, overrides, config_dir)
-    return replace(composed, overrides=[*(o for o in earlier if not o.startswith(("name=", "run_dir="))), *overrides])
-
-
-def run_directories() -> list[Path]:
-    """The runs under ./runs, newest first."""
-    found = [path.parent for path in RUNS.glob("*/config.yaml")]
-    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+    past = _saved(run)
+    composed = recompose(past.recipe, past.config | {"name": None, "run_dir": None}, overrides, config_dir)
+    kept = [override for override in past.overrides if not override.startswith(("name=", "run_dir="))]
+    return replace(composed, overrides=[*kept, *overrides])
 
 
 def _new_directory(composed: Composed) -> Path:
@@ -140,24 +132,9 @@ def _is_path(text: str, file: bool = False) -> bool:
         return False
 
 
-def _find(run: str) -> Path:
-    for directory in (Path(run), RUNS / run):
-        if (directory / "config.yaml").is_file():
-            return directory.absolute()
-    if Path(run).is_dir():
-        raise UsageError(f"{run} holds no run: there is no config.yaml in it")
-    names = [path.name for path in run_directories()]
-    meant = did_you_mean(Path(run).name, names)
-    raise UsageError(f"no run {run}{meant}; the newest are {', '.join(names[:5]) or '(none in ./runs)'}")
-
-
-def _record(directory: Path) -> tuple[str, dict[str, Any], list[str]]:
-    """(recipe, values of config.yaml, overrides) of a run."""
-    import yaml
-
-    try:
-        run = json.loads((directory / "run.json").read_text())
-        saved = yaml.safe_load((directory / "config.yaml").read_text())
-        return run["recipe"], saved, run["overrides"]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise UsageError(f"{directory}: its record (run.json, config.yaml) cannot be read: {error}") from error
+def _saved(run: str) -> PastRun:
+    """A run whose record is whole enough to start from."""
+    past = read_run(run)
+    if past.unreadable:
+        raise UsageError(f"{past.directory}: its record cannot be used: {'; '.join(past.unreadable)}")
+    return past

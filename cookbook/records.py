@@ -7,6 +7,7 @@ import fcntl
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -123,13 +124,34 @@ class Lock:
 
     def __init__(self, directory: Path) -> None:
         self._descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._descriptor)
-            raise UsageError(f"{directory} is in use by another process: wait for it or stop it first") from None
-        except OSError:
-            pass  # a file system without locks: two processes on one run are then the user's care
+        for last in (False, True):
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if last:
+                    os.close(self._descriptor)
+                    raise UsageError(f"{directory} is in use by another process: wait for it or stop it first") from None
+                time.sleep(0.05)  # `is_locked` may have held it for an instant
+            except OSError:
+                return  # a file system without locks: two processes on one run are then the user's care
 
     def release(self) -> None:
         os.close(self._descriptor)
+
+
+def is_locked(directory: Path) -> bool:
+    """Whether a process holds the run. False on a file system without locks."""
+    try:
+        descriptor = os.open(directory / ".lock", os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False

@@ -95,6 +95,8 @@ class Run:
     def _open(self, config: RunConfig, recipe: str, best: str | None, best_is: str) -> None:
         if not (self.dir / "config.yaml").exists():
             prepare(self.dir, recipe=recipe, config_yaml=_yaml(config), overrides=[])
+        if best:
+            _note_best(self.dir / "run.json", best, best_is)
         self.store = self.dir / "checkpoints"
         self.metrics_file = self.dir / "metrics.jsonl"
         self.checkpoints = Checkpoints(self.dir, keep_last=config.keep_last, best=best, best_is=best_is)
@@ -362,6 +364,13 @@ class Run:
                 self._rated = (row["progress/step"], named)
             if row["progress/step"] == 0:
                 self.evals["before"] = _short_names(named)
+
+
+def _note_best(run_json: Path, best: str, best_is: str) -> None:
+    """For whoever reads the run later: which evaluation rates its checkpoints, and which way."""
+    record = json.loads(run_json.read_text())
+    if (record.get("best"), record.get("best_is")) != (best, best_is):
+        records.replace(run_json, json.dumps({**record, "best": best, "best_is": best_is}, indent=1) + "\n")
 
 
 def _short_names(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -144,7 +144,9 @@ def test_resume_of_no_run_names_the_one_meant(here: Path, capsys: pytest.Capture
     assert error(capsys, "resume", "x") == "error: no run x; the newest are (none in ./runs)"
     main(["run", "mine.py", "name=first"])
     assert error(capsys, "resume", "frist") == "error: no run frist (did you mean first?); the newest are first"
-    assert error(capsys, "resume", "runs") == "error: runs holds no run: there is no config.yaml in it"
+    assert error(capsys, "resume", "runs") == "error: runs is a folder of runs: name one of first"
+    (here / "empty").mkdir()
+    assert error(capsys, "resume", "empty") == "error: empty holds no run: there is no config.yaml in it"
 
 
 def test_rerun_is_a_new_run_with_the_same_configuration(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,7 +247,7 @@ def test_help_is_there_in_six_tenths_of_a_second() -> None:
 @pytest.mark.parametrize(
     ("line", "found"),
     [
-        ("cook r", ["rl", "run", "resume", "rerun", "recipes"]),
+        ("cook ru", ["run", "runs"]),
         ("cook data ", ["check", "show"]),
         ("cook sft model=qwen3-1", ["model=qwen3-1.7b", "model=qwen3-14b"]),
         ("cook sft steps=1 lora.tr", ["lora.train_attn=", "lora.train_mlp=", "lora.train_unembed="]),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cookbook import records
+from cookbook.charts import figure
 from cookbook.errors import UsageError
 from cookbook.progress import SHOWN, SHOWN_EVALS, duration
 from cookbook.run_reader import PastRun, State, read_run, run_directories
@@ -75,7 +76,7 @@ def _table(lines: list[RunLine], columns: list[str]) -> Table:
     for line in lines:
         cells = {
             "run": line.name, "state": Text(line.state, style=STYLES[line.state]), "recipe": line.recipe,
-            "metric": (line.metric or "").removeprefix("eval/"), "before": figure(line.before), "now": figure(line.value),
+            "metric": (line.metric or "").removeprefix("eval/"), "before": _figure(line.before), "now": _figure(line.value),
             "steps": str(line.steps), "time": "" if line.seconds is None else duration(line.seconds),
             "started": (line.started or "")[:16].replace("T", " "),
         }  # fmt: skip
@@ -132,8 +133,5 @@ def _seconds(run: PastRun, state: State, rows: list[dict[str, float]]) -> float 
     return round(time.time() - started, 3)
 
 
-def figure(value: float | None) -> str:
-    """0.35137 -> 0.3514, 120000.0 -> 120,000, None -> nothing."""
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+def _figure(value: float | None) -> str:
+    return "" if value is None else figure(value)

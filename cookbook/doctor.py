@@ -78,18 +78,17 @@ def _devices() -> list[tuple[str, str]]:
     if not torch.cuda.is_available():
         why = "this torch is built without CUDA" if torch.version.cuda is None else "no CUDA device is visible"
         rows.append(("gpu", f"none: {why}"))
-    return [*rows, ("auto", _auto(flags))]
+    return [*rows, ("auto", _auto())]
 
 
-def _auto(flags: set[str]) -> str:
+def _auto() -> str:
     """What engine.device=auto and engine.dtype=auto choose: bf16 where there are instructions for it, else fp32."""
-    import torch
+    from core import EngineOptions
 
-    if torch.cuda.is_available():
-        return f"device cuda, dtype {'bfloat16' if torch.cuda.is_bf16_supported() else 'float32'}"
-    if flags & CPU_BF16:
-        return "device cpu, dtype bfloat16"
-    return "device cpu, dtype float32 (this CPU has no bf16 instructions)"
+    dtype, device = EngineOptions().resolve()
+    name = str(dtype).removeprefix("torch.")
+    why = " (this CPU has no bf16 instructions)" if device.type == "cpu" and name == "float32" else ""
+    return f"device {device}, dtype {name}{why}"
 
 
 def _room() -> list[tuple[str, str]]:

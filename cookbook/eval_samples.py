@@ -93,7 +93,7 @@ class EvalSamples:
         groups = self.rollouts.run(self.problems, sampler, self.config.samples, (self.seed, "eval"))
         for line in new_errors(groups, self._known_errors):
             self.run.note(line)
-        write_rollouts(self.run.dir, done, groups, name="eval")
+        write_rollouts(self.run.dir, done, groups, name="eval", texts_of=self.renderer.texts_of)
         return eval_metrics(groups, str(self.config.env["name"]))
 
     def _text(self, tokens: Sequence[int]) -> str:

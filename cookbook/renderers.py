@@ -22,6 +22,7 @@ from cookbook.errors import UsageError
 from cookbook.messages import Json, Message, Tools
 from cookbook.replies import Malformed, parse_reply
 from cookbook.template_check import check, learn
+from cookbook.token_texts import TokenTexts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -58,6 +59,7 @@ class Renderer:
         self.stop = list(self.facts.stop)
         self.stop_texts = [str(tokenizer.added_tokens_decoder[token]) for token in self.stop]
         self.encoder = TextEncoder(tokenizer, self.facts.structural)
+        self.texts_of = TokenTexts(self.decode)
         check(self)
 
     def build_generation_prompt(self, messages: Sequence[Message], tools: Tools | None = None) -> ModelInput:

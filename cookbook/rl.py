@@ -114,6 +114,7 @@ class Session:
         self.reference = self._open_reference(service) if config.kl_penalty else None
         self.peak_learning_rate = peak_learning_rate(config.learning_rate, config.optim, info, "rl")
         params = SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature, stop=renderer.stop)
+        self._texts_of = renderer.texts_of
         self._rollouts = Rollouts(renderer, params, limits_of(config, info.base_model, info.max_length))
         self._eval_rollouts = replace(self._rollouts, params=replace(params, temperature=config.eval.temperature))
         self.sampler = self.trainer.save_weights_and_get_sampling_client().result()
@@ -210,7 +211,7 @@ class Session:
         if eval_due:
             run.log_eval("after" if final else "during", self._evaluate(self.done))
             save_due |= run.is_best
-        write_rollouts(run.dir, self.done, groups)
+        write_rollouts(run.dir, self.done, groups, texts_of=self._texts_of)
         seconds, self._last_end = time.monotonic() - self._last_end, time.monotonic()
         run.log(self.done, {
             **step_metrics(groups), **metrics,
@@ -233,7 +234,7 @@ class Session:
         groups = self._eval_rollouts.run(self._held_out, self.sampler, self.config.eval.samples, seed)
         for line in new_errors(groups, self._known_errors):
             self.run.note(line)
-        write_rollouts(self.run.dir, done, groups, name="eval")
+        write_rollouts(self.run.dir, done, groups, name="eval", texts_of=self._texts_of)
         metrics = eval_metrics(groups, eval_name(self.config))
         self.run.note(f"evaluated on {len(groups)} held-out problems in {time.monotonic() - started:.1f} s")
         return metrics

@@ -15,29 +15,50 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+    from cookbook.token_texts import TokenTexts
+
+DETAILED_TOKENS = 16_384  # of one file: some 300 kB of texts and logprobs
 SHOWN_LINES = 14  # of an attempt on the screen
 SHOWN_CHARACTERS = 1200
 
 
-def write_rollouts(run_dir: Path, step: int, groups: Sequence[Group], *, name: str = "") -> Path:
+def write_rollouts(
+    run_dir: Path, step: int, groups: Sequence[Group], *, name: str = "", texts_of: TokenTexts | None = None
+) -> Path:
     """One row per attempt, dropped ones too. Resume cuts files of later steps: `step` counts as in metrics.jsonl.
 
-    `name` sets an evaluation's file apart: eval-000020.jsonl.
+    `name` sets an evaluation's file apart: eval-000020.jsonl. With `texts_of` the most telling groups have the text and
+    the logprob of each token too, up to DETAILED_TOKENS in all.
     """
     file = run_dir / "rollouts" / f"{name}{'-' if name else ''}{step:06d}.jsonl"
     file.parent.mkdir(exist_ok=True)
+    detailed = _in_detail(groups) if texts_of else set()
     records.write_rows(file, [
-        row(group, trajectory) for group in groups for trajectory in (*group.trajectories, *group.dropped)
+        row(group, trajectory, texts_of if index in detailed else None)
+        for index, group in enumerate(groups) for trajectory in (*group.trajectories, *group.dropped)
     ])  # fmt: skip
     return file
 
 
-def row(group: Group, trajectory: Trajectory) -> records.Row:
+def _in_detail(groups: Sequence[Group]) -> set[int]:
+    """Indices of the groups whose attempts differ most, as many as DETAILED_TOKENS hold; one at least."""
+    sizes = [sum(len(turn.tokens) for attempt in g.trajectories for turn in attempt.transitions) for g in groups]
+    chosen: set[int] = set()
+    room = DETAILED_TOKENS
+    for index in sorted(range(len(groups)), key=lambda i: -spread(groups[i])):
+        if sizes[index] <= room or not chosen:
+            chosen.add(index)
+            room -= sizes[index]
+    return chosen
+
+
+def row(group: Group, trajectory: Trajectory, texts_of: TokenTexts | None = None) -> records.Row:
     """An attempt with its text, its sampled tokens and the parts of its reward; advantage null: not trained on."""
     turns = [
         {
             "prompt_tokens": turn.observation.length, "tokens": turn.tokens, "ended": turn.ended,
             "reward": turn.reward, "metrics": turn.metrics,
+            **({"texts": texts_of(turn.tokens), "logprobs": [round(lp, 3) for lp in turn.logprobs]} if texts_of else {}),
         }
         for turn in trajectory.transitions
     ]  # fmt: skip
@@ -63,7 +84,12 @@ def new_errors(groups: Sequence[Group], known: set[str]) -> list[str]:
 def most_telling(groups: Sequence[Group]) -> Group | None:
     """The group whose attempts differ most in their rewards; None when there is no attempt at all."""
     tried = [group for group in groups if group.trajectories]
-    return max(tried, key=lambda group: _reward(best(group)) - _reward(worst(group)), default=None)
+    return max(tried, key=spread, default=None)
+
+
+def spread(group: Group) -> float:
+    """How far the rewards of its attempts lie apart."""
+    return _reward(best(group)) - _reward(worst(group)) if group.trajectories else 0.0
 
 
 def best(group: Group) -> Trajectory:

@@ -112,3 +112,20 @@ def test_long_attempts_are_cut_to_the_screen() -> None:
 
 def test_a_group_of_one_is_shown_alone() -> None:
     assert "reward 1" in shown(Group(0, "", [attempt(1.0)]))
+
+
+def test_the_most_telling_groups_have_texts_and_logprobs_of_their_tokens(tmp_path: Path) -> None:
+    from cookbook.rollout_log import DETAILED_TOKENS
+    from cookbook.token_texts import TokenTexts
+
+    texts_of = TokenTexts(lambda tokens: "".join(f"<{token}>" for token in tokens))
+    dull, telling = Group(0, "", [attempt(1.0), attempt(1.0)]), Group(1, "", [attempt(1.0), attempt(0.0)])
+    long = Group(2, "", [attempt(1.0), attempt(0.5)])
+    for each in long.trajectories:
+        each.transitions[0].tokens.extend([4] * DETAILED_TOKENS)
+        each.transitions[0].logprobs.extend([-0.1] * DETAILED_TOKENS)
+    written = rows(write_rollouts(tmp_path, 1, [dull, telling, long], texts_of=texts_of))
+    turns = [row["turns"][0] for row in written]
+    assert [("texts" in turn, "logprobs" in turn) for turn in turns] == [(True, True)] * 4 + [(False, False)] * 2
+    assert turns[2]["texts"] == ["<4>", "<5>"] and turns[2]["logprobs"] == [-0.1, -0.2]
+    assert "texts" in rows(write_rollouts(tmp_path, 2, [long], texts_of=texts_of))[0]["turns"][0]  # one at least

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from cookbook.config import DataConfig, EngineConfig, LogConfig, LoraConfig, ModelConfig, OptimConfig, SamplesConfig
 from cookbook.data import load_supervised
+from cookbook.data_log import write_data
 from cookbook.errors import UsageError
 from cookbook.eval_samples import EvalSamples
 from cookbook.memory import peak_memory_gb
@@ -72,6 +73,8 @@ def main(config: Config) -> None:
 
         def submit(step: int) -> Submitted:
             batch = mean_over_trained_tokens(data.batch(step))
+            if step == 0:
+                write_data(run.dir, 1, "trained", batch, None, renderer.texts_of)
             gradient = trainer.forward_backward(batch, "cross_entropy", logprobs="weighted")
             update = trainer.optim_step(adam_at(step, num_steps, peak, config.optim))
             return Submitted(step, gradient, update, num_tokens=sum(d.model_input.length for d in batch))
@@ -84,8 +87,9 @@ def main(config: Config) -> None:
             if not data.held_out:
                 return samples(done)
             batch = mean_over_trained_tokens(data.held_out)
-            nll = trainer.forward(batch, "cross_entropy", logprobs="weighted").result().metrics["loss:sum"]
-            return {"held_out/nll": nll, **samples(done, final)}
+            output = trainer.forward(batch, "cross_entropy", logprobs="weighted").result()
+            write_data(run.dir, done, "held_out", batch, output, renderer.texts_of)
+            return {"held_out/nll": output.metrics["loss:sum"], **samples(done, final)}
 
         if not found and evaluates:
             run.log_eval("before", evaluate(0))

@@ -15,8 +15,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 MAX_POINTS = 600  # of a line; more than a screen has room for
 SMOOTH_FROM = 60  # points: below that a line is as one can read it
 NUM_COLOURS = 8  # in templates/page.css; later series repeat them dashed
-WIDTH, HEIGHT = 520.0, 240.0
-LEFT, RIGHT, TOP, BOTTOM = 54.0, 12.0, 8.0, 32.0  # room for the axes
+WIDTH, HEIGHT = 440.0, 224.0
+LEFT, RIGHT, TOP, BOTTOM = 50.0, 12.0, 8.0, 32.0  # room for the axes
 
 
 def line_chart(
@@ -158,6 +158,8 @@ def _axes(frame: _Frame, x_label: str, y_label: str) -> str:
         parts.append(f'<line x1="{LEFT:g}" x2="{WIDTH - RIGHT:g}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{LEFT - 7:g}" y="{y:.1f}" dy=".32em" text-anchor="end">{short(tick)}</text>')
     for tick in ticks(*frame.x_range, 6):
+        if x_label == "step" and tick != int(tick):
+            continue
         x = frame.x(tick)
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 15:g}" text-anchor="middle">{short(tick)}</text>')
     parts.append(f'<line class="base" x1="{LEFT:g}" x2="{WIDTH - RIGHT:g}" y1="{HEIGHT - BOTTOM:g}" y2="{HEIGHT - BOTTOM:g}"/>')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shutil
@@ -21,6 +22,13 @@ class CheckpointRow(TypedDict):
     path: str | None  # relative to the run directory; null: the checkpoint lies on a server
     loop: dict[str, Any]  # what the recipe needs to go on, with the run's `seconds` and `wandb_id`
     metrics: dict[str, float]  # eval/* of these very weights, when they were evaluated
+
+
+def note_best(run_json: Path, best: str, best_is: str) -> None:
+    """For whoever reads the run later: which evaluation rates its checkpoints, and which way."""
+    record = json.loads(run_json.read_text())
+    if (record.get("best"), record.get("best_is")) != (best, best_is):
+        records.replace(run_json, json.dumps({**record, "best": best, "best_is": best_is}, indent=1) + "\n")
 
 
 class Checkpoints:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,6 +24,17 @@ def runs(
     from cookbook.run_list import print_runs
 
     print_runs(console(), number, as_json=json)
+
+
+@app.command()
+def report(
+    names: Annotated[list[str], typer.Argument(help="Runs, or sweeps: all their runs.", metavar="RUN...")],
+    to: Annotated[Path | None, typer.Option("--to", help="Where to write the page.", metavar="FILE")] = None,
+) -> None:
+    """Write report.html of a run, or compare several: cook report RUN RUN --to runs.html"""
+    from cookbook.report import report
+
+    print(report(names, to))
 
 
 def console() -> Console:

@@ -109,4 +109,5 @@ class LogConfig:
     wandb: str = "off"  # off | online | offline
     wandb_project: str = "cook"
     every: int = 1  # console line every N steps (metrics.jsonl always has each step)
+    report: bool = True  # report.html in the run directory, at checkpoints and at the end
     progress: bool = True  # live progress bar on a terminal

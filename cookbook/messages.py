@@ -79,6 +79,14 @@ def tool_name(tool: Mapping[str, Json]) -> str:
     return str(function.get("name", "")) if isinstance(function, Mapping) else ""
 
 
+def text_of(message: Message) -> str:
+    """A message as one reads it: its thinking in tags, its content, its calls as name(arguments)."""
+    parts = [f"<think>{message['reasoning_content']}</think>"] if message.get("reasoning_content") else []
+    parts += [str(message["content"])] if message.get("content") else []
+    parts += [f"{c['function']['name']}({c['function']['arguments']})" for c in message.get("tool_calls") or []]
+    return " ".join(parts)
+
+
 def strings(value: Json) -> Iterator[str]:
     """Every string inside `value`, dict keys included."""
     if isinstance(value, str):

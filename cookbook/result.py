@@ -23,7 +23,7 @@ class Result(TypedDict):
     error: NotRequired[str]
 
 
-def closing_lines(result: Result, run_dir: Path, checkpoint_dir: Path | None) -> list[str]:
+def closing_lines(result: Result, run_dir: Path, checkpoint_dir: Path | None, has_report: bool) -> list[str]:
     """What happened, before and after, where things lie, and commands that go on from here."""
     plural = "" if result["steps"] == 1 else "s"
     lines = ["", f"{result['status']}: {result['steps']} step{plural} in {duration(result['seconds'])}"]
@@ -38,6 +38,8 @@ def closing_lines(result: Result, run_dir: Path, checkpoint_dir: Path | None) ->
         figures = {key: value for key, value in result["best"].items() if key not in ("step", "checkpoint")}
         named = ", ".join(f"{key} {value:.4f}" for key, value in figures.items())
         lines.append(f"best        step {result['best']['step']} ({named})")
+    if has_report:
+        lines.append(f"report      {_short(run_dir / 'report.html')}")
     return [*lines, *_next_commands(result, shlex.quote(run))]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cookbook import records
+from cookbook.messages import text_of
 from cookbook.rollouts import Group
 from cookbook.trajectories import Trajectory
 from envs.env import Message
@@ -149,10 +150,7 @@ def _first_reply(trajectory: Trajectory) -> int:
 
 def _line(message: Message) -> str:
     """A message as one reads it: replies bare, what came back marked by who said it."""
-    parts = [f"<think>{message['reasoning_content']}</think>"] if message.get("reasoning_content") else []
-    parts += [str(message["content"])] if message.get("content") else []
-    parts += [f"{c['function']['name']}({c['function']['arguments']})" for c in message.get("tool_calls") or []]
-    return ("" if message["role"] == "assistant" else f"[{message['role']}] ") + " ".join(parts)
+    return ("" if message["role"] == "assistant" else f"[{message['role']}] ") + text_of(message)
 
 
 def _cut(text: str) -> str:

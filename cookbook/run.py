@@ -17,11 +17,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Protocol, Self, TypeVar
 
 from cookbook import provenance, records
-from cookbook.checkpoints import CheckpointRow, Checkpoints
+from cookbook.checkpoints import CheckpointRow, Checkpoints, note_best
 from cookbook.config import LogConfig
 from cookbook.errors import UsageError
 from cookbook.interrupts import Interrupts
 from cookbook.progress import Progress
+from cookbook.report import AutoReport
 from cookbook.result import Result, Status, closing_lines
 from cookbook.tracking import NoTracker, Tracker, connect_tracker
 
@@ -87,6 +88,7 @@ class Run:
             self._open(config, recipe, best, best_is)
             self._progress = Progress(config.log, self.dir / "console.log", console)
             self._interrupts = Interrupts(self._progress.write_log, lambda: self._write_result("interrupted"))
+            self._report = AutoReport(self.dir, self.note) if config.log.report else None
             self._tracker = tracker or self._connect_tracker(config, group)
         except BaseException:
             self._lock.release()
@@ -96,7 +98,7 @@ class Run:
         if not (self.dir / "config.yaml").exists():
             prepare(self.dir, recipe=recipe, config_yaml=_yaml(config), overrides=[])
         if best:
-            _note_best(self.dir / "run.json", best, best_is)
+            note_best(self.dir / "run.json", best, best_is)
         self.store = self.dir / "checkpoints"
         self.metrics_file = self.dir / "metrics.jsonl"
         self.checkpoints = Checkpoints(self.dir, keep_last=config.keep_last, best=best, best_is=best_is)
@@ -247,6 +249,8 @@ class Run:
         )
         records.sync(self.metrics_file)
         self.checkpoints.add(row)
+        if self._report:
+            self._report.at_checkpoint()
         return row
 
     def finish(
@@ -295,6 +299,8 @@ class Run:
             self._tracker.finish(1 if failed else 0)
             self._interrupts.restore()
             self._lock.release()
+            if self._report and (self.step or not failed):
+                self._report.at_end()
         if disk_full(error):
             free = shutil.disk_usage(self.dir).free // 2**20
             advice = f"make room, then `cook resume {self.dir}`"
@@ -333,7 +339,7 @@ class Run:
     def _close_display(self, result: Result) -> None:
         self._progress.close()
         newest = self.checkpoints.newest
-        for line in closing_lines(result, self.dir, self.directory(newest) if newest else None):
+        for line in closing_lines(result, self.dir, self.directory(newest) if newest else None, self._report is not None):
             self.note(line)
 
     def _show(self, row: Mapping[str, float]) -> None:
@@ -364,13 +370,6 @@ class Run:
                 self._rated = (row["progress/step"], named)
             if row["progress/step"] == 0:
                 self.evals["before"] = _short_names(named)
-
-
-def _note_best(run_json: Path, best: str, best_is: str) -> None:
-    """For whoever reads the run later: which evaluation rates its checkpoints, and which way."""
-    record = json.loads(run_json.read_text())
-    if (record.get("best"), record.get("best_is")) != (best, best_is):
-        records.replace(run_json, json.dumps({**record, "best": best, "best_is": best_is}, indent=1) + "\n")
 
 
 def _short_names(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -57,13 +57,14 @@ def _print_table(console: Console, lines: list[RunLine]) -> None:
     """Names are never cut, since one types them; where the terminal is narrow, columns go. A pipe gets them all."""
     columns = ["run", "state", "recipe", "metric", "before", "now", "steps", "time", "started"]
     room = console.width if console.is_terminal else WIDE
+    console.width = WIDE
     table = _table(lines, columns)
     for column in ("started", "before", "recipe", "time", "metric"):
-        if console.measure(table, options=console.options.update(width=WIDE)).maximum <= room:
+        if console.measure(table).maximum <= room:
             break
         columns.remove(column)
         table = _table(lines, columns)
-    console.print(table, width=WIDE, crop=False, no_wrap=True)
+    console.print(table)
 
 
 def _table(lines: list[RunLine], columns: list[str]) -> Table:

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 app = typer.Typer()
+dashboard_app = typer.Typer(help="A workspace on W&B with charts for our metrics.", no_args_is_help=True)
+app.add_typer(dashboard_app, name="dashboard")
 
 RunArg = Annotated[str, typer.Argument(help="A run directory, or its name under runs/.", metavar="RUN")]
 
@@ -35,6 +37,17 @@ def report(
     from cookbook.report import report
 
     print(report(names, to))
+
+
+@dashboard_app.command("push")
+def dashboard_push(
+    entity: Annotated[str | None, typer.Option("--entity", help="User or team; default: the login's own.")] = None,
+    project: Annotated[str, typer.Option("--project", help="As in log.wandb_project.")] = "cook",
+) -> None:
+    """Save a workspace with our metrics in a project on W&B. Sends its layout there (no run, no data); needs a W&B key."""
+    from cookbook.dashboard import push
+
+    push(entity, project, console())
 
 
 def console() -> Console:

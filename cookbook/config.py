@@ -107,7 +107,8 @@ class EngineConfig:
 @dataclass
 class LogConfig:
     wandb: str = "off"  # off | online | offline
-    wandb_project: str = "cook"
+    wandb_project: str = "cook"  # trackio's project too
+    trackio: bool = False  # a local dashboard (extra `trackio`): trackio show --project cook
     every: int = 1  # console line every N steps (metrics.jsonl always has each step)
     report: bool = True  # report.html in the run directory, at checkpoints and at the end
     progress: bool = True  # live progress bar on a terminal

@@ -81,6 +81,7 @@ class EvalSamples:
         ]
         directory = self.run.dir / "rollouts"
         directory.mkdir(exist_ok=True)
+        self.run.add_rows("samples", [{"step": done, **row} for row in rows])
         records.write_rows(directory / f"samples-{done:06d}.jsonl", rows)
         first = directory / "samples-000000.jsonl"
         if final and done and first.exists():

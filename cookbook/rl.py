@@ -17,7 +17,7 @@ from cookbook.errors import UsageError
 from cookbook.keys import did_you_mean
 from cookbook.memory import peak_memory_gb
 from cookbook.renderers import load_renderer
-from cookbook.rollout_log import most_telling, new_errors, side_by_side, write_rollouts
+from cookbook.rollout_log import most_telling, new_errors, side_by_side, table_rows, write_rollouts
 from cookbook.rollout_metrics import eval_metrics, kind_of, step_metrics
 from cookbook.rollouts import Group, Limits, Rollouts
 from cookbook.run import Run, RunConfig
@@ -211,6 +211,7 @@ class Session:
         if eval_due:
             run.log_eval("after" if final else "during", self._evaluate(self.done))
             save_due |= run.is_best
+        run.add_rows("rollouts", table_rows(groups, self.done))
         write_rollouts(run.dir, self.done, groups, texts_of=self._texts_of)
         seconds, self._last_end = time.monotonic() - self._last_end, time.monotonic()
         run.log(self.done, {

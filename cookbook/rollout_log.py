@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cookbook.token_texts import TokenTexts
 
 DETAILED_TOKENS = 16_384  # of one file: some 300 kB of texts and logprobs
+TABLE_GROUPS, TABLE_CHARACTERS = 2, 2000  # of a step in a tracker's table, and of one of its texts
 SHOWN_LINES = 14  # of an attempt on the screen
 SHOWN_CHARACTERS = 1200
 
@@ -69,6 +70,19 @@ def row(group: Group, trajectory: Trajectory, texts_of: TokenTexts | None = None
         "ended": trajectory.ended, "error": trajectory.error,
         "metrics": trajectory.metrics, "messages": [_plain(message) for message in trajectory.messages], "turns": turns,
     }  # fmt: skip
+
+
+def table_rows(groups: Sequence[Group], step: int) -> list[records.Row]:
+    """For a table that grows by a few rows a step: the best and the worst attempt of the groups that differ most."""
+    tried = sorted((group for group in groups if group.trajectories), key=spread, reverse=True)
+    return [
+        {
+            "step": step, "problem": group.problem, "tag": group.tag, "attempt": trajectory.attempt,
+            "reward": float(trajectory.reward), "advantage": trajectory.advantage, "ended": trajectory.ended,
+            "prompt": _asked(trajectory)[:TABLE_CHARACTERS], "reply": _said(trajectory)[:TABLE_CHARACTERS],
+        }
+        for group in tried[:TABLE_GROUPS] for trajectory in ([best(group), worst(group)] if spread(group) else [best(group)])
+    ]  # fmt: skip
 
 
 def new_errors(groups: Sequence[Group], known: set[str]) -> list[str]:

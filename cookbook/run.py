@@ -11,7 +11,7 @@ import re
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Protocol, Self, TypeVar
@@ -24,7 +24,7 @@ from cookbook.interrupts import Interrupts
 from cookbook.progress import Progress
 from cookbook.report import AutoReport
 from cookbook.result import Result, Status, closing_lines
-from cookbook.tracking import NoTracker, Tracker, connect_tracker
+from cookbook.tracking import Tracker, Tracking, connect_trackers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,7 +89,7 @@ class Run:
             self._progress = Progress(config.log, self.dir / "console.log", console)
             self._interrupts = Interrupts(self._progress.write_log, lambda: self._write_result("interrupted"))
             self._report = AutoReport(self.dir, self.note) if config.log.report else None
-            self._tracker = tracker or self._connect_tracker(config, group)
+            self._tracking = Tracking([tracker] if tracker else self._connect_trackers(config, group), self.note)
         except BaseException:
             self._lock.release()
             raise
@@ -111,13 +111,14 @@ class Run:
         self._seconds_before, self._started = 0.0, time.monotonic()
         self._result: Result | None = None
 
-    def _connect_tracker(self, config: RunConfig, group: str | None) -> Tracker:
-        return connect_tracker(
+    def _connect_trackers(self, config: RunConfig, group: str | None) -> list[Tracker]:
+        return connect_trackers(
             config.log,
             run_dir=self.dir,
             name=config.name or self.dir.name,
             config=dataclasses.asdict(config),  # type: ignore[call-overload]
             run_id=self.checkpoints.rows[-1]["loop"].get("wandb_id") if self.checkpoints.rows else None,
+            resumed=bool(self.checkpoints.rows),
             group=group,
         )
 
@@ -208,6 +209,10 @@ class Run:
         """Whether the evaluation just logged beats every checkpoint's: these weights deserve one of their own."""
         return self.checkpoints.beaten_by(self._pending or self._rated[1])
 
+    def add_rows(self, table: str, rows: Sequence[Mapping[str, object]]) -> None:
+        """Rows for a table of W&B, sent with the next step's metrics; the run directory holds them in rollouts/."""
+        self._tracking.add_rows(table, rows)
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Metrics of one step, right after it: one line of metrics.jsonl, one call of W&B, the display."""
         if step <= self.step:
@@ -244,7 +249,7 @@ class Run:
             step=step,
             uri=uri,
             path=os.path.relpath(directory.resolve(), self.dir.resolve()) if directory.is_dir() else None,
-            loop={**loop, "seconds": round(self.seconds, 3), "wandb_id": self._tracker.id},
+            loop={**loop, "seconds": round(self.seconds, 3), "wandb_id": self._tracking.id},
             metrics=dict(metrics),
         )
         records.sync(self.metrics_file)
@@ -296,7 +301,7 @@ class Run:
                 self._fail(error)
         finally:
             self._progress.close()
-            self._tracker.finish(1 if failed else 0)
+            self._tracking.finish(1 if failed else 0)
             self._interrupts.restore()
             self._lock.release()
             if self._report and (self.step or not failed):
@@ -344,11 +349,7 @@ class Run:
 
     def _show(self, row: Mapping[str, float]) -> None:
         self._progress.step(int(row["progress/step"]), row)
-        try:
-            self._tracker.log(row)
-        except Exception as error:  # a lost viewer is no reason to lose the run
-            self._tracker = NoTracker()
-            self.note(f"W&B stopped ({type(error).__name__}: {error}); metrics.jsonl goes on")
+        self._tracking.log(row)
 
     def _amend(self) -> None:
         """Put an evaluation that came after its step's row into that row."""

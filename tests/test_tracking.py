@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -16,7 +18,7 @@ from cookbook import records
 from cookbook.config import LogConfig
 from cookbook.errors import UsageError
 from cookbook.run import Run
-from cookbook.tracking import NoTracker, connect_tracker
+from cookbook.tracking import Tables, connect_trackers
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,17 +34,20 @@ class Config:
 class Recorder:
     """A tracker that keeps what it is told; raises on request."""
 
+    title = "W&B"
     id: str | None = "rec0rder"
 
     def __init__(self, broken: bool = False) -> None:
         self.rows: list[dict[str, float]] = []
+        self.tables: list[Tables] = []
         self.exit_code: int | None = None
         self.broken = broken
 
-    def log(self, row: Mapping[str, float]) -> None:
+    def log(self, row: Mapping[str, float], tables: Tables) -> None:
         if self.broken:
             raise ConnectionError("service is gone")
         self.rows.append(dict(row))
+        self.tables.append(tables)
 
     def finish(self, exit_code: int) -> None:
         self.exit_code = exit_code
@@ -82,22 +87,22 @@ def test_a_lost_tracker_does_not_cost_the_run(tmp_path: Path) -> None:
 
 
 def test_off_means_no_import_and_no_file(tmp_path: Path) -> None:
-    assert isinstance(connect_tracker(LogConfig(), run_dir=tmp_path, name="x", config={}), NoTracker)
+    assert connect_trackers(LogConfig(), run_dir=tmp_path, name="x", config={}) == []
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unknown_mode_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"log\.wandb=on is unknown: it is one of off, online, offline"):
-        connect_tracker(LogConfig(wandb="on"), run_dir=tmp_path, name="x", config={})
+        connect_trackers(LogConfig(wandb="on"), run_dir=tmp_path, name="x", config={})
 
 
 ONLINE = """
 import pathlib, sys
 from cookbook.config import LogConfig
 from cookbook.errors import UsageError
-from cookbook.tracking import connect_tracker
+from cookbook.tracking import connect_trackers
 try:
-    connect_tracker(LogConfig(wandb="online"), run_dir=pathlib.Path(sys.argv[1]), name="x", config={})
+    connect_trackers(LogConfig(wandb="online"), run_dir=pathlib.Path(sys.argv[1]), name="x", config={})
 except UsageError as error:
     print(error)
 """
@@ -127,10 +132,79 @@ def test_an_offline_run_is_written_and_goes_on_under_its_id(tmp_path: Path) -> N
     assert [(item["progress/step"], item["_step"]) for item in history(files[0])] == [(1, 0), (2, 1), (3, 2)]
 
 
+def test_table_rows_travel_with_the_next_step_and_only_once(tmp_path: Path) -> None:
+    recorder = Recorder()
+    with start(tmp_path, recorder) as run:
+        run.add_rows("samples", [{"step": 0, "reply": "five"}])
+        run.log_eval("before", {"held_out/nll": 3.0})
+        run.add_rows("rollouts", [{"step": 1}])
+        run.add_rows("rollouts", [{"step": 1}])
+        run.log(1, {"train/nll": 2.0})
+        run.log(2, {"train/nll": 1.0})
+    assert recorder.tables == [{"samples": [{"step": 0, "reply": "five"}]}, {"rollouts": [{"step": 1}] * 2}, {}]
+
+
+def test_tables_of_wandb_grow_by_their_new_rows_and_stop_at_their_cap(tmp_path: Path) -> None:
+    from cookbook.tracking import INCREMENT, TABLE_ROWS
+
+    with start(tmp_path, log=LogConfig(wandb="offline")) as run:
+        for step, number in ((1, 3), (2, 2), (3, INCREMENT), (4, 2), (5, 2 * TABLE_ROWS), (6, 1)):
+            run.add_rows("rollouts", [{"step": step, "reply": f"{step}/{i}", "advantage": None} for i in range(number)])
+            run.log(step, {"train/nll": 1 / step})
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert ["rollouts" in row for row in history(file)] == [True, False, True, False, True, False]
+    parts = sorted(tmp_path.glob("wandb/offline-run-*/files/media/table/rollouts_*.json"))
+    assert [len(json.loads(part.read_text())["data"]) for part in parts] == [3, INCREMENT + 2, TABLE_ROWS - INCREMENT - 5]
+
+
+def test_rows_that_wait_for_more_are_sent_at_the_end(tmp_path: Path) -> None:
+    with start(tmp_path, log=LogConfig(wandb="offline")) as run:
+        for step in (1, 2):
+            run.add_rows("rollouts", [{"step": step}])
+            run.log(step, {"train/nll": 1 / step})
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert [("rollouts" in row, row["progress/step"]) for row in history(file)] == [(True, 1), (False, 2), (True, 2)]
+
+
+def test_trackio_has_the_same_names_by_the_same_steps_and_goes_on(tmp_path: Path) -> None:
+    """In a process of its own, since trackio asks once, when it is imported, where its files are to go."""
+    pytest.importorskip("trackio")
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", TRACKIO, str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "[(1, 1.0), (2, 0.5), (3, 0.25)]\n", done.stderr
+
+
+TRACKIO = """
+import io, pathlib, sys
+from rich.console import Console
+from trackio.sqlite_storage import SQLiteStorage
+from cookbook.config import LogConfig
+from cookbook.run import Run
+from tests.test_tracking import Config
+config = Config(sys.argv[1], name="mine", log=LogConfig(trackio=True))
+with Run(config, "sft/chat", console=Console(file=io.StringIO())) as run:
+    run.log(1, {"train/nll": 1.0})
+    run.log(2, {"train/nll": 0.5})
+    run.checkpoint(2, "tinker://a/weights/000002", loop={})
+with Run(config, "sft/chat", console=Console(file=io.StringIO())) as run:
+    run.resume(lambda row: None)
+    run.log(3, {"train/nll": 0.25})
+print([(row["progress/step"], row["train/nll"]) for row in SQLiteStorage.get_logs("cook", "mine")])
+"""
+
+
+def test_trackio_that_is_not_installed_is_one_line(tmp_path: Path) -> None:
+    bare = "import sys; sys.modules['trackio'] = None\nimport importlib.util\n"
+    code = bare + ONLINE.replace('wandb="online"', "trackio=True").replace("LogConfig(", "LogConfig(")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == (
+        "log.trackio=true, but trackio is not installed: uv sync --extra trackio (or pip install trackio)\n"
+    ), done.stderr
+
+
 def history(file: Path) -> list[dict[str, float]]:
     """The logged rows of a .wandb file: a LevelDB log (32 KiB blocks, 7-byte headers) of protobuf records."""
-    import json
-
     from wandb.proto import wandb_internal_pb2
 
     data, rows, position, pending = file.read_bytes(), [], 7, b""

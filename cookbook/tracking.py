@@ -118,7 +118,7 @@ class _Table:
     def __init__(self, columns: list[str]) -> None:
         import wandb
 
-        self._table = wandb.Table(columns=columns, log_mode="INCREMENTAL")
+        self._table = wandb.Table(columns=list(columns), log_mode="INCREMENTAL")
         self._size = 0
         self.waiting = 0  # rows added and not sent
 
@@ -141,7 +141,7 @@ class TrackioTracker:
     """A SQLite file per project on this machine, looked at with `trackio show`. The same names; no tables."""
 
     title = "trackio"
-    id = None  # it finds a run by its name
+    id: str | None = None  # it finds a run by its name
 
     def __init__(self, log: LogConfig, *, name: str, config: dict, resumed: bool, group: str | None) -> None:
         if importlib.util.find_spec("trackio") is None:

@@ -56,7 +56,10 @@ class Tracking:
 
     def finish(self, exit_code: int) -> None:
         for tracker in self._trackers:
-            tracker.finish(exit_code)
+            try:
+                tracker.finish(exit_code)
+            except Exception as error:
+                self._note(f"{tracker.title} did not finish ({type(error).__name__}: {error})")
 
 
 class WandbTracker:

@@ -18,7 +18,7 @@ from cookbook import records
 from cookbook.config import LogConfig
 from cookbook.errors import UsageError
 from cookbook.run import Run
-from cookbook.tracking import Tables, connect_trackers
+from cookbook.tracking import INCREMENT, TABLE_ROWS, Tables, connect_trackers
 
 ROOT = Path(__file__).parent.parent
 
@@ -145,25 +145,23 @@ def test_table_rows_travel_with_the_next_step_and_only_once(tmp_path: Path) -> N
 
 
 def test_tables_of_wandb_grow_by_their_new_rows_and_stop_at_their_cap(tmp_path: Path) -> None:
-    from cookbook.tracking import INCREMENT, TABLE_ROWS
-
+    """The first rows at once, later ones some at a time, the rest at the end."""
+    sizes = (3, 2, INCREMENT, 2, 2 * TABLE_ROWS, 1)
     with start(tmp_path, log=LogConfig(wandb="offline")) as run:
-        for step, number in ((1, 3), (2, 2), (3, INCREMENT), (4, 2), (5, 2 * TABLE_ROWS), (6, 1)):
-            run.add_rows("rollouts", [{"step": step, "reply": f"{step}/{i}", "advantage": None} for i in range(number)])
+        for step, size in enumerate(sizes, start=1):
+            run.add_rows("rollouts", [{"step": step, "reply": f"{step}/{i}", "advantage": None} for i in range(size)])
+            run.add_rows("samples", [{"step": step}])
             run.log(step, {"train/nll": 1 / step})
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    assert ["rollouts" in row for row in history(file)] == [True, False, True, False, True, False]
-    parts = sorted(tmp_path.glob("wandb/offline-run-*/files/media/table/rollouts_*.json"))
-    assert [len(json.loads(part.read_text())["data"]) for part in parts] == [3, INCREMENT + 2, TABLE_ROWS - INCREMENT - 5]
+    told = [(row["progress/step"], "rollouts" in row, "samples" in row) for row in history(file)]
+    sent = [(1, True, True), (2, False, False), (3, True, False), (4, False, False), (5, True, False), (6, False, False)]
+    assert told == [*sent, (6, False, True)], (tmp_path / "console.log").read_text()
 
+    def parts(name: str) -> list[int]:
+        files = sorted(tmp_path.glob(f"wandb/offline-run-*/files/media/table/{name}_*.json"))
+        return [len(json.loads(part.read_text())["data"]) for part in files]
 
-def test_rows_that_wait_for_more_are_sent_at_the_end(tmp_path: Path) -> None:
-    with start(tmp_path, log=LogConfig(wandb="offline")) as run:
-        for step in (1, 2):
-            run.add_rows("rollouts", [{"step": step}])
-            run.log(step, {"train/nll": 1 / step})
-    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    assert [("rollouts" in row, row["progress/step"]) for row in history(file)] == [(True, 1), (False, 2), (True, 2)]
+    assert parts("rollouts") == [3, INCREMENT + 2, TABLE_ROWS - INCREMENT - 5] and parts("samples") == [1, 5]
 
 
 def test_trackio_has_the_same_names_by_the_same_steps_and_goes_on(tmp_path: Path) -> None:

@@ -73,6 +73,16 @@ def rl(
 
 
 @app.command()
+def dpo(
+    overrides: Overrides = None, cfg: Cfg = None, config_dir: ConfigDir = None, dry_run: DryRun = False
+) -> int | None:
+    """Learn from preferences: cook dpo data=ultrafeedback, or cook dpo data=file data.path=pairs.jsonl"""
+    from cookbook.compose import compose
+
+    return _start(compose("dpo", overrides or [], config_dir=config_dir), cfg, dry_run)
+
+
+@app.command()
 def run(
     file: Annotated[Path, typer.Argument(help="A .py file with Config and main.", metavar="FILE")],
     overrides: Overrides = None,
@@ -219,7 +229,7 @@ def _start(composed: Composed, cfg: str | None, dry_run: bool = False, run_dir: 
     if dry_run:
         from cookbook.dryrun import dry_run as estimate
 
-        return estimate(composed.recipe.split("/")[0], composed.config)
+        return estimate(composed.recipe, composed.config)
     return launch(composed, run_dir)
 
 

@@ -92,7 +92,7 @@ def _arguments(command: str, before: list[str], word: str) -> Iterator[str]:
         yield from _keys(typed_config(before[0], before[1:]), word)
     elif command in ("envs play", "envs check"):
         yield from _env_arguments(before, word)
-    elif command in ("sft", "rl", "rerun", "data check", "data show"):
+    elif command in ("sft", "rl", "dpo", "rerun", "data check", "data show"):
         kind = command if command in DEFAULT_RECIPE else "sft"
         recipe = next((w.removeprefix("recipe=") for w in before if w.startswith("recipe=")), DEFAULT_RECIPE[kind])
         yield from (f"recipe={name}" for name in recipe_files(kind) if word.startswith("r"))

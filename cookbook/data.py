@@ -9,7 +9,7 @@ from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from cookbook.config import DataConfig
 from cookbook.errors import UsageError
@@ -31,6 +31,7 @@ KEPT_BATCHES = 8  # of a stream, for `rows_of` after a later batch was asked for
 TRAIN_ON = ("last", "all", "everything", "flags")
 OVERLONG = ("drop", "truncate", "error")
 
+AnyRow = TypeVar("AnyRow")
 Example = tuple["ModelInput", list[float]]  # tokens and, for each, its weight as a target
 
 
@@ -72,6 +73,11 @@ class SupervisedData(ABC):
     num_rows: int | None  # training sequences; None for a stream
     epoch_steps: int | None  # full batches per pass; None for a stream
 
+    @property
+    def held_out_tokens(self) -> int:
+        """Of model input."""
+        return sum(datum.model_input.length for datum in self.held_out)
+
     @abstractmethod
     def sequences(self, step: int) -> Sequence[TokenSequence]:
         """The batch of a step, `batch_size` sequences; the same for the same step, whatever was asked before."""
@@ -84,39 +90,49 @@ class SupervisedData(ABC):
         return [sequence.label for sequence in self.sequences(step)]
 
 
-class StoredData(SupervisedData):
-    """All rows tokenised in memory; each epoch is a seeded permutation, its incomplete last batch is left out."""
+class Batches:
+    """Which of `num_rows` rows a step takes: each epoch a seeded permutation, its incomplete last batch left out."""
 
-    def __init__(self, rows: list[TokenRow], report: RowReport, *, seed: int, batch_size: int, eval_rows: int) -> None:
-        train, held_out = split_rows(rows, seed, eval_rows)
-        self.report = report
-        self.held_out = [sequence.datum() for row in held_out for sequence in row]
-        self._train = [sequence for row in train for sequence in row]
-        self._seed, self._batch_size = seed, batch_size
+    def __init__(self, name: str, num_rows: int, num_held_out: int, seed: int, batch_size: int) -> None:
+        self._num_rows, self._seed, self._batch_size = num_rows, seed, batch_size
         self._orders: OrderedDict[int, list[int]] = OrderedDict()
-        self.num_rows = len(self._train)
-        self.epoch_steps = self.num_rows // batch_size
+        self.epoch_steps = num_rows // batch_size
         if self.epoch_steps == 0:
-            held = f" ({len(held_out)} more are held out)" if held_out else ""
+            held = f" ({num_held_out} more are held out)" if num_held_out else ""
             raise UsageError(
-                f"{report.name}: {self.num_rows} training rows{held} are fewer than batch_size={batch_size};"
+                f"{name}: {num_rows} training rows{held} are fewer than batch_size={batch_size};"
                 " lower batch_size, or bring more rows"
             )
 
-    def sequences(self, step: int) -> Sequence[TokenSequence]:
-        assert self.epoch_steps
+    def rows(self, step: int) -> list[int]:
         epoch, position = divmod(step, self.epoch_steps)
         start = position * self._batch_size
-        return [self._train[i] for i in self._order(epoch)[start : start + self._batch_size]]
+        return self._order(epoch)[start : start + self._batch_size]
 
     def _order(self, epoch: int) -> list[int]:
         if epoch not in self._orders:
-            order = list(range(len(self._train)))
+            order = list(range(self._num_rows))
             random.Random(f"order {self._seed} {epoch}").shuffle(order)
             self._orders[epoch] = order
             if len(self._orders) > 2:  # the next batch is asked for before the last one of an epoch is done with
                 self._orders.popitem(last=False)
         return self._orders[epoch]
+
+
+class StoredData(SupervisedData):
+    """All rows tokenised in memory; each epoch is a seeded permutation, its incomplete last batch is left out."""
+
+    def __init__(self, rows: list[TokenRow], report: RowReport, *, seed: int, batch_size: int, eval_rows: int) -> None:
+        train, held_out = split_rows(rows, seed, eval_rows, content_hash)
+        self.report = report
+        self.held_out = [sequence.datum() for row in held_out for sequence in row]
+        self._train = [sequence for row in train for sequence in row]
+        self.num_rows = len(self._train)
+        self._batches = Batches(report.name, self.num_rows, len(held_out), seed, batch_size)
+        self.epoch_steps = self._batches.epoch_steps
+
+    def sequences(self, step: int) -> Sequence[TokenSequence]:
+        return [self._train[i] for i in self._batches.rows(step)]
 
 
 class StreamedData(SupervisedData):
@@ -246,7 +262,7 @@ def usable_rows(
     head = list(itertools.islice(raw_rows, DETECT_ROWS))
     if not head:
         raise UsageError(f"{source.name} holds no rows")
-    samples = [value for raw in head if isinstance(value := _renamed(raw, source), dict)]
+    samples = [value for raw in head if isinstance(value := renamed(raw, source), dict)]
     form = detect(samples, source.columns, source.name)
     if samples:
         report.detected.append(f"{source.name}, detected: {form.describe(samples[0])}")
@@ -256,12 +272,12 @@ def usable_rows(
         if accepted == source.limit:
             return
         try:
-            value = _renamed(raw, source)
+            value = renamed(raw, source)
             if isinstance(value, RowProblem):
                 raise value
             row = form.read_row(value)
             sequences = _token_sequences(
-                raw.label, row, _examples(row, renderer, config.train_on), config, max_length, report
+                raw.label, row, examples_of(row, renderer, config.train_on), config, max_length, report
             )
         except RowProblem as problem:
             report.reject(raw.label, problem)
@@ -273,7 +289,7 @@ def usable_rows(
             yield sequences
 
 
-def _renamed(raw: RawRow, source: Source) -> dict[str, object] | RowProblem:
+def renamed(raw: RawRow, source: Source) -> dict[str, object] | RowProblem:
     if isinstance(raw.value, RowProblem) or not source.columns:
         return raw.value
     try:
@@ -282,14 +298,14 @@ def _renamed(raw: RawRow, source: Source) -> dict[str, object] | RowProblem:
         return problem
 
 
-def _examples(row: Row, renderer: ExampleRenderer, train_on: str) -> list[Example]:
+def examples_of(row: Row, renderer: ExampleRenderer, train_on: str) -> list[Example]:
     try:
         if isinstance(row, Chat):
             messages = row.messages
             if (
                 row.completion_from and train_on == "all"
             ):  # as with raw text: the completion is trained, not its history
-                flags = [i >= row.completion_from for i in range(len(messages))]
+                flags = [i >= row.completion_from and m["role"] == "assistant" for i, m in enumerate(messages)]
                 messages = [{**m, "train": flag} for m, flag in zip(messages, flags, strict=True)]
                 train_on = "flags"
             return renderer.build_supervised_examples(messages, train_on, row.tools)
@@ -339,18 +355,20 @@ def content_hash(row: TokenRow) -> int:
     return hash(tuple(sequence.tokens.tobytes() for sequence in row))
 
 
-def split_rows(rows: list[TokenRow], seed: int, eval_rows: int) -> tuple[list[TokenRow], list[TokenRow]]:
+def split_rows(
+    rows: list[AnyRow], seed: int, eval_rows: int, content: Callable[[AnyRow], int]
+) -> tuple[list[AnyRow], list[AnyRow]]:
     """(train, held out): the last `eval_rows` of the seed-shuffled rows, at most a fifth; repeated rows stay."""
     order = list(range(len(rows)))
     random.Random(f"held out {seed}").shuffle(order)
-    contents = [content_hash(row) for row in rows]
+    contents = [content(row) for row in rows]
     times = Counter(contents)
     wanted = min(eval_rows, int(HELD_OUT_SHARE * len(rows)))
     held = set(itertools.islice((i for i in reversed(order) if times[contents[i]] == 1), wanted))
     return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in order if i in held]
 
 
-def interleave(streams: Sequence[Iterator[TokenRow]], weights: Sequence[float]) -> Iterator[TokenRow]:
+def interleave(streams: Sequence[Iterator[AnyRow]], weights: Sequence[float]) -> Iterator[AnyRow]:
     """Always the stream that is furthest behind its share; ends with the first stream, so no row is used twice."""
     taken = [0] * len(streams)
     while True:

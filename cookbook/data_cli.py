@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cookbook.config import DataConfig, ModelConfig
 from cookbook.data import StoredData, TokenSequence, prepare
 from cookbook.errors import UsageError
+from cookbook.preferences import PreferenceData, prepare_preferences, units_in
 from cookbook.row_report import RowReport
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ def check_rows(config: RecipeConfig, renderer: Renderer, console: Console) -> in
     if data.streaming and data.limit is None:
         data = dataclasses.replace(data, limit=STREAM_ROWS)
         console.print(f"streaming: checking the first {STREAM_ROWS:,} usable rows", highlight=False)
-    read, name = prepare(data, renderer, config.max_length)
+    units = units_in(data)
+    read, name = _reader(data, renderer, config.max_length, units)
     report = RowReport(name)
     found = list(read(report))
     for line in report.lines():
@@ -73,7 +75,8 @@ def check_rows(config: RecipeConfig, renderer: Renderer, console: Console) -> in
                 f"rows longer than max_length={config.max_length}: {report.overlong}, and data.overlong=error;"
                 " raise max_length, or set data.overlong=drop or truncate"
             )
-        split = StoredData(found, report, seed=config.seed, batch_size=config.batch_size, eval_rows=data.eval_rows)
+        sizes = {"seed": config.seed, "batch_size": config.batch_size, "eval_rows": data.eval_rows}
+        split = StoredData(found, report, **sizes) if units is None else PreferenceData(found, report, **sizes)
     except UsageError as error:
         console.print(f"a run would refuse: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
@@ -83,14 +86,24 @@ def check_rows(config: RecipeConfig, renderer: Renderer, console: Console) -> in
 
 
 def show_rows(config: RecipeConfig, renderer: Renderer, rows: int, console: Console) -> None:
-    read, name = prepare(config.data, renderer, config.max_length)
+    units = units_in(config.data)
+    read, name = _reader(config.data, renderer, config.max_length, units)
     report = RowReport(name)
     shown = list(itertools.islice(read(report), rows))
     for line in report.detected:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if not shown:
         report.refuse_bad(config.data.max_bad)
-    print_sequences(list(itertools.chain.from_iterable(shown)), renderer, console)
+    found = itertools.chain.from_iterable(shown)
+    sequences = list(found) if units is None else [sequence for unit in found for sequence in unit.sequences]
+    print_sequences(sequences, renderer, console)
+
+
+def _reader(config: DataConfig, renderer: Renderer, max_length: int, units: Any) -> tuple[Callable[..., Iterator], str]:
+    """Of supervised rows, or of preferences, whose rows are lists of units."""
+    if units is None:
+        return prepare(config, renderer, max_length)
+    return prepare_preferences(config, renderer, units, max_length)
 
 
 def print_sequences(sequences: Sequence[TokenSequence], renderer: Renderer, console: Console) -> None:

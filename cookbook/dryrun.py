@@ -12,6 +12,7 @@ from cookbook.data import SupervisedData, load_supervised
 from cookbook.data_cli import RecipeConfig, print_sequences
 from cookbook.errors import UsageError
 from cookbook.memory import peak_memory_gb
+from cookbook.preferences import PreferenceData, load_pairs, load_rated
 from cookbook.progress import duration
 from cookbook.schedule import default_learning_rate, learning_rate_at, total_steps
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 EXPECTED_SHARE = 0.6  # of the measured product rate, at 4 FLOP per weight and token: a guess that holds small models too
 MEASURED_SECONDS = 0.3
+UNPAIRED, NO_REFERENCE = ("dpo/kto",), ("dpo/simpo",)  # recipes of recipes/dpo
 STREAM_STEPS = 8  # batches of a stream that are looked at
 
 
@@ -54,6 +56,7 @@ class Plan:
     eval_tokens: int  # per evaluation
     num_evals: int
     longest: int  # sequence
+    reference_tokens: float = 0  # that a fixed reference reads once
 
     @property
     def train_tokens(self) -> float:
@@ -74,30 +77,37 @@ class Shape:
     intermediate_size: int
 
 
-def dry_run(kind: str, config: SupervisedConfig, console: Console | None = None) -> int:
+def dry_run(recipe: str, config: SupervisedConfig, console: Console | None = None) -> int:
     """Print data, one rendered sequence, plan, memory and time. Exit code 0, or UsageError where a run would stop."""
     from rich.console import Console
 
     from cookbook.renderers import load_renderer
     from cookbook.service import adapter_directory, connect
 
-    if kind != "sft":
-        raise UsageError("--dry-run knows the recipes of recipes/sft and recipes/rl only")
+    kind = recipe.partition("/")[0]
+    if kind not in ("sft", "dpo"):
+        raise UsageError("--dry-run knows the recipes of recipes/sft, recipes/rl and recipes/dpo only")
     options = connect(config.service, Path("checkpoints"), config.engine).options
     if config.init_from is not None:
         adapter_directory(config.init_from)
     console = console or Console()
     renderer = load_renderer(config.model)
     sizes = {"seed": config.seed, "batch_size": config.batch_size, "max_length": config.max_length}
-    data = load_supervised(config.data, renderer, **sizes, console=console)
-    print_sequences(data.sequences(0)[:1], renderer, console)
-    plan = make_plan(config, data)
-    for line in [*_plan_lines(config, data, plan), *_model_lines(config, plan, *options.resolve())]:
+    data: SupervisedData | PreferenceData
+    if kind == "sft":
+        data = load_supervised(config.data, renderer, **sizes, console=console)
+    elif recipe in UNPAIRED:
+        data = load_rated(config.data, renderer, **sizes, console=console)
+    else:
+        data = load_pairs(config.data, renderer, **sizes, console=console)
+    print_sequences(data.sequences(0)[: 1 if kind == "sft" or recipe in UNPAIRED else 2], renderer, console)
+    plan = make_plan(config, data, with_reference=kind == "dpo" and recipe not in NO_REFERENCE)
+    for line in [*_plan_lines(config, data, plan), *_model_lines(kind, config, plan, *options.resolve())]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
-def make_plan(config: SupervisedConfig, data: SupervisedData) -> Plan:
+def make_plan(config: SupervisedConfig, data: SupervisedData | PreferenceData, with_reference: bool = False) -> Plan:
     """Steps and tokens as the recipe counts them."""
     num_steps = total_steps(config.steps, config.epochs, data.epoch_steps)
     seen_steps = data.epoch_steps or min(num_steps, STREAM_STEPS)
@@ -106,13 +116,14 @@ def make_plan(config: SupervisedConfig, data: SupervisedData) -> Plan:
     return Plan(
         num_steps=num_steps,
         step_tokens=seen / seen_steps,
-        eval_tokens=sum(datum.model_input.length for datum in data.held_out),
+        eval_tokens=data.held_out_tokens,
         num_evals=2 + between if data.held_out else 0,
         longest=data.report.length_quantiles()["max"] - 1,
+        reference_tokens=data.held_out_tokens + min(num_steps, seen_steps) * seen / seen_steps if with_reference else 0,
     )
 
 
-def _plan_lines(config: SupervisedConfig, data: SupervisedData, plan: Plan) -> list[str]:
+def _plan_lines(config: SupervisedConfig, data: SupervisedData | PreferenceData, plan: Plan) -> list[str]:
     passes = "of a stream" if data.epoch_steps is None else f"{plan.num_steps / data.epoch_steps:.3g} epochs"
     epoch = "" if data.epoch_steps is None else f"{data.epoch_steps * plan.step_tokens:,.0f} tokens per epoch, "
     trained = f"({epoch}{data.report.trained_share:.0%} trained)"
@@ -124,7 +135,9 @@ def _plan_lines(config: SupervisedConfig, data: SupervisedData, plan: Plan) -> l
     ]
 
 
-def _model_lines(config: SupervisedConfig, plan: Plan, dtype: torch.dtype, device: torch.device) -> list[str]:
+def _model_lines(
+    kind: str, config: SupervisedConfig, plan: Plan, dtype: torch.dtype, device: torch.device
+) -> list[str]:
     try:
         model = model_without_weights(config.model.name)
         shape = read_shape(model, config.lora)
@@ -137,7 +150,7 @@ def _model_lines(config: SupervisedConfig, plan: Plan, dtype: torch.dtype, devic
             f"the longest sequence has {plan.longest + 1:,} tokens, the context of {config.model.name} is {context:,}:"
             f" set max_length={context}"
         )
-    default = default_learning_rate(shape.hidden_size, model.config.model_type, "sft")
+    default = default_learning_rate(shape.hidden_size, model.config.model_type, "dpo" if kind == "dpo" else "sft")
     peak = config.learning_rate or default
     learning_rate_at(0, plan.num_steps, peak, config.optim)  # refuses an unknown schedule
     rate = product_rate(dtype, device)
@@ -247,7 +260,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 def time_lines(shape: Shape, plan: Plan, rate: float, dtype: str) -> list[str]:
     """Forward and backward are 4 FLOP per weight and token (base weights get no gradient), an evaluation 2."""
-    tokens = 4 * plan.train_tokens + 2 * plan.num_evals * plan.eval_tokens
+    tokens = 4 * plan.train_tokens + 2 * (plan.num_evals * plan.eval_tokens + plan.reference_tokens)
     seconds = tokens * shape.num_multiplied / (EXPECTED_SHARE * rate)
     return [
         f"time     about {duration(seconds)}, once the model is loaded; assumes {EXPECTED_SHARE:.0%} of the rate of",

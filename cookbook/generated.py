@@ -38,7 +38,16 @@ def gsm_symbolic(size: int, seed: int = SEED) -> list[dict[str, object]]:
     return rows
 
 
-GENERATED: dict[str, Callable[[int], list[dict[str, object]]]] = {"gsm_symbolic": gsm_symbolic}
+def _pairs(size: int) -> list[dict[str, object]]:
+    from cookbook.generated_pairs import gsm_symbolic_pairs
+
+    return gsm_symbolic_pairs(size)
+
+
+GENERATED: dict[str, Callable[[int], list[dict[str, object]]]] = {
+    "gsm_symbolic": gsm_symbolic,
+    "gsm_symbolic_pairs": _pairs,
+}
 
 
 def cache_dir() -> Path:

@@ -110,6 +110,8 @@ def detect(samples: Iterable[Mapping[str, object]], columns: Mapping[str, str], 
         count = sum(all(s.get(c) is not None for c in candidate.columns) for s in samples)
         if count > matches:
             best, matches = candidate, count
+    if not matches and {"chosen", "rejected"} <= samples[0].keys():
+        raise UsageError(f"{where}: rows with chosen and rejected are for `cook dpo`, which learns from pairs of replies")
     if not matches:
         accepted = " | ".join("+".join(f.columns) for f in FORMATS)
         raise UsageError(
@@ -153,15 +155,15 @@ def _read_sharegpt(value: Mapping[str, object]) -> Chat:
 
 
 def _turns(value: Mapping[str, object], column: str, roles: Mapping[str, str]) -> Chat:
-    turns = _decoded(value[column])
+    turns = decoded_list(value[column])
     if not isinstance(turns, list) or not turns:
         empty = turns in (None, "", [])
         seen = "empty" if empty else f"{type(turns).__name__}, expected a list"
         raise RowProblem("no messages", f"{column} is {seen}")
-    return _chat({f"{column}[{i}]": turn for i, turn in enumerate(turns)}, roles, value)
+    return chat_of({f"{column}[{i}]": turn for i, turn in enumerate(turns)}, roles, value)
 
 
-def _read_completion(value: Mapping[str, object]) -> Row:
+def read_completion(value: Mapping[str, object]) -> Row:
     prompt, completion = value["prompt"], value["completion"]
     if isinstance(prompt, list) != isinstance(completion, list):
         raise RowProblem("wrong columns", "prompt and completion must both be text or both be lists of messages")
@@ -170,15 +172,15 @@ def _read_completion(value: Mapping[str, object]) -> Row:
             raise RowProblem("no assistant message", "completion holds none")
         turns = {f"prompt[{i}]": turn for i, turn in enumerate(prompt)}
         turns |= {f"completion[{i}]": turn for i, turn in enumerate(completion)}
-        chat = _chat(turns, CHAT_ROLES, value)
+        chat = chat_of(turns, CHAT_ROLES, value)
         start = len(chat.messages) - len(completion)  # an empty system turn before it may have been dropped
         return replace(chat, completion_from=start)
-    return Completion(_cell(prompt, "prompt"), _filled(completion, "completion"))
+    return Completion(_cell(prompt, "prompt"), filled(completion, "completion"))
 
 
 def _pair(question: str, answer: str) -> Callable[[Mapping[str, object]], Chat]:
     def read(value: Mapping[str, object]) -> Chat:
-        asked = _filled(value[question], question)
+        asked = filled(value[question], question)
         if question == "instruction" and value.get("input"):
             asked += "\n" + _cell(value["input"], "input")
         turns: dict[str, object] = {}
@@ -186,27 +188,27 @@ def _pair(question: str, answer: str) -> Callable[[Mapping[str, object]], Chat]:
             turns[f"history[{i}][0]"] = {"role": "user", "content": past}
             turns[f"history[{i}][1]"] = {"role": "assistant", "content": reply}
         turns[question] = {"role": "user", "content": asked}
-        turns[answer] = {"role": "assistant", "content": _filled(value[answer], answer)}
-        return _chat(turns, CHAT_ROLES, value)
+        turns[answer] = {"role": "assistant", "content": filled(value[answer], answer)}
+        return chat_of(turns, CHAT_ROLES, value)
 
     return read
 
 
 def _history(value: object) -> list[list[object]]:
-    value = _decoded(value) or []
+    value = decoded_list(value) or []
     if isinstance(value, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in value):
         return value
     raise RowProblem("wrong columns", "history must be a list of [question, answer] pairs")
 
 
 def _read_text(value: Mapping[str, object]) -> Text:
-    return Text(_filled(value["text"], "text"))
+    return Text(filled(value["text"], "text"))
 
 
 FORMATS = (
     Format("messages", ("messages",), _read_messages),
     Format("sharegpt", ("conversations",), _read_sharegpt),
-    Format("prompt/completion", ("prompt", "completion"), _read_completion, "raw text"),
+    Format("prompt/completion", ("prompt", "completion"), read_completion, "raw text"),
     *(
         Format(f"{question}/{answer}", (question, answer), _pair(question, answer))
         for question, answer in (
@@ -220,13 +222,16 @@ FORMATS = (
     Format("text", ("text",), _read_text, "raw text"),
 )
 OPTIONAL_COLUMNS = ("tools", "system", "input", "history")
-STANDARD_COLUMNS = tuple(dict.fromkeys([*(column for form in FORMATS for column in form.columns), *OPTIONAL_COLUMNS]))
+PREFERENCE_COLUMNS = ("chosen", "rejected", "label", "kind", "response1", "response2", "context", "overall_preference")
+STANDARD_COLUMNS = tuple(
+    dict.fromkeys([*(column for form in FORMATS for column in form.columns), *OPTIONAL_COLUMNS, *PREFERENCE_COLUMNS])
+)
 
 
 # ---- verdicts
 
 
-def _chat(turns: Mapping[str, object], roles: Mapping[str, str], value: Mapping[str, object]) -> Chat:
+def chat_of(turns: Mapping[str, object], roles: Mapping[str, str], value: Mapping[str, object]) -> Chat:
     """Turns by the name an error message calls them, e.g. "messages[2]"."""
     fixes: list[str] = []
     messages = {where: _message(turn, where, roles, fixes) for where, turn in turns.items()}
@@ -315,7 +320,7 @@ def _cell(cell: object, where: str) -> str:
     return cell
 
 
-def _filled(cell: object, where: str) -> str:
+def filled(cell: object, where: str) -> str:
     text = _cell(cell, where)
     if not text.strip():
         raise RowProblem("empty turn", f"{where} is empty")
@@ -325,7 +330,7 @@ def _filled(cell: object, where: str) -> str:
 def _tool_calls(calls: object, where: str) -> list[dict]:
     """OpenAI's shape with arguments as an object, which is what templates want."""
     read: list[dict] = []
-    calls = _decoded(calls) or []
+    calls = decoded_list(calls) or []
     if not isinstance(calls, list):
         raise RowProblem("broken tool call", f"{where}: tool_calls is {type(calls).__name__}, expected a list")
     for call in calls:
@@ -358,7 +363,7 @@ def _json(text: str, where: str) -> object:
         raise RowProblem(reason, f"{where}: not JSON ({error.msg} at column {error.colno})") from None
 
 
-def _decoded(cell: object) -> object:
+def decoded_list(cell: object) -> object:
     """Lists arrive as JSON text from csv files and some parquet files."""
     if isinstance(cell, str) and cell.lstrip()[:1] == "[":
         try:

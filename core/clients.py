@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from core import checkpoints
 from core.datum import AdamParams, Datum, ForwardBackwardOutput, LoraConfig, ModelInfo, OptimStepOutput, SaveOutput
@@ -183,22 +183,26 @@ class TrainingClient:
         """The same numbers without a gradient."""
         return self._pass(data, loss_fn, loss_fn_config, logprobs, train=False)
 
-    def forward_backward_custom(self, data: Sequence[Datum], fn: CustomLoss) -> Future[ForwardBackwardOutput]:
+    def forward_backward_custom(
+        self, data: Sequence[Datum], fn: CustomLoss, logprobs: Literal["all", "weighted"] = "all"
+    ) -> Future[ForwardBackwardOutput]:
         """`fn(data, logprobs)` -> (scalar loss, metrics), logprobs one tensor per datum of target_tokens' shape.
 
-        Exact: fn sees the logprobs of all data, whatever micro-batches they were computed in.
+        Exact: fn sees the logprobs of all data, whatever micro-batches they were computed in; data that fit one take one
+        forward and one backward, others two forwards. `logprobs="weighted"`: as in forward_backward, 0.0 at positions
+        whose `weights` are 0 (what fn does with these has no gradient); weights have no other meaning here.
         """
-        checked = check_custom(data, self.engine.decoder.vocab_size, self.engine.decoder.max_length)
-        request = PassRequest(self.adapter, checked, "cross_entropy", {}, True, False, Future(), fn, list(data))
+        weighted = _only_weighted(logprobs)
+        checked = check_custom(data, self.engine.decoder.vocab_size, self.engine.decoder.max_length, weighted)
+        request = PassRequest(self.adapter, checked, "cross_entropy", {}, True, weighted, Future(), fn, list(data))
         self.engine.submit(self.tenant, request)
         return request.future
 
     def _pass(self, data, loss_fn: str, loss_fn_config, logprobs: str, train: bool) -> Future[ForwardBackwardOutput]:
-        if logprobs not in ("all", "weighted"):
-            raise ValueError(f"logprobs={logprobs!r}, expected 'all' or 'weighted'")
+        weighted = _only_weighted(logprobs)
         config = check_config(loss_fn, loss_fn_config)
         checked = check_data(data, loss_fn, self.engine.decoder.vocab_size, self.engine.decoder.max_length)
-        request = PassRequest(self.adapter, checked, loss_fn, config, train, logprobs == "weighted", Future())
+        request = PassRequest(self.adapter, checked, loss_fn, config, train, weighted, Future())
         self.engine.submit(self.tenant, request)
         return request.future
 
@@ -264,3 +268,9 @@ class TrainingClient:
         call = Call(work, Future())
         self.engine.submit(self.tenant, call)
         return call.future
+
+
+def _only_weighted(logprobs: str) -> bool:
+    if logprobs not in ("all", "weighted"):
+        raise ValueError(f"logprobs={logprobs!r}, expected 'all' or 'weighted'")
+    return logprobs == "weighted"

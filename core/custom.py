@@ -20,10 +20,11 @@ class CustomObjective(Objective):
 
     def gradient(self, rows: slice, logprobs: torch.Tensor) -> torch.Tensor:
         by_datum: list[torch.Tensor] = [torch.empty(0)] * len(self.ordered)
-        for item, lp in zip(self.ordered, logprobs.cpu().split([item.length for item in self.ordered]), strict=True):
-            by_datum[item.index] = lp
+        for item, lp in zip(self.ordered, logprobs.cpu().split([item.num_wanted for item in self.ordered]), strict=True):
+            by_datum[item.index] = item.spread(lp)
         self.loss, self.metrics, gradients = evaluate_custom(self.request, by_datum)
-        return torch.cat([gradients[item.index] for item in self.ordered]).to(logprobs.device)
+        wanted = [gradients[i.index] if i.wanted is None else gradients[i.index][i.wanted] for i in self.ordered]
+        return torch.cat(wanted).to(logprobs.device)
 
 
 def evaluate_custom(request: PassRequest, logprobs: list[torch.Tensor]) -> tuple[float, dict[str, float], list[torch.Tensor]]:

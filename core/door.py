@@ -110,7 +110,8 @@ def _check_vocabulary(tokens: torch.Tensor, name: str, vocab_size: int) -> None:
         raise ValueError(f"{name} has token {low if low < 0 else high}, outside the vocabulary of {vocab_size}")
 
 
-def check_custom(data: Sequence[Datum], vocab_size: int, max_length: int) -> list[Sequenced]:
-    """For forward_backward_custom the engine reads target_tokens alone; other keys are the caller's own."""
-    bare = [Datum(datum.model_input, {k: v for k, v in datum.loss_fn_inputs.items() if k == "target_tokens"}) for datum in data]
+def check_custom(data: Sequence[Datum], vocab_size: int, max_length: int, weighted: bool = False) -> list[Sequenced]:
+    """Of forward_backward_custom the engine reads target_tokens, and weights if `weighted`; other keys are the caller's."""
+    read = {"target_tokens", "weights"} if weighted else {"target_tokens"}
+    bare = [Datum(datum.model_input, {k: v for k, v in datum.loss_fn_inputs.items() if k in read}) for datum in data]
     return check_data(bare, "cross_entropy", vocab_size, max_length)

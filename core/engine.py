@@ -284,10 +284,7 @@ class Engine:
             span = slice(start, start + item.num_wanted)
             start = span.stop
             sums[item.request] += float(losses[span].sum(dtype=torch.float64))
-            full = logprobs[span]
-            if item.wanted is not None:
-                full = torch.zeros(item.targets.shape).index_copy_(0, item.wanted, full)
-            outputs[item.request][item.index] = full
+            outputs[item.request][item.index] = item.spread(logprobs[span])
 
     @torch.no_grad()
     def prompt_logprobs(self, prompt: list[int], weights: Weights, top_k: int) -> PromptLogprobs:
@@ -324,7 +321,7 @@ class Engine:
         outputs: list[list[torch.Tensor]] = [[torch.empty(0)] * len(request.data)]
         batches = cut(request.items(0), self.token_budget)
         assert request.custom is not None
-        if len(batches) == 1 and request.train:
+        if len(batches) == 1 and request.train and any(item.num_wanted for item in batches[0]):
             try:
                 self._run_custom_at_once(request, batches[0], outputs)
                 return
@@ -343,8 +340,8 @@ class Engine:
         logprobs = self.decoder.train(rows, objective, self.recompute)
         for segment in rows.segments:
             segment.fold()
-        for item, lp in zip(ordered, logprobs.cpu().split([item.length for item in ordered]), strict=True):
-            outputs[0][item.index] = lp
+        for item, lp in zip(ordered, logprobs.cpu().split([item.num_wanted for item in ordered]), strict=True):
+            outputs[0][item.index] = item.spread(lp)
         finish_custom(request, outputs[0], objective.loss, objective.metrics)
 
 

@@ -39,6 +39,10 @@ class Item:
     def num_wanted(self) -> int:
         return self.length if self.wanted is None else len(self.wanted)
 
+    def spread(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of the wanted positions [n, K] as those of all [N, K]; 0 elsewhere."""
+        return values if self.wanted is None else torch.zeros(self.targets.shape).index_copy_(0, self.wanted, values)
+
 
 def cut(items: Sequence[Item], token_budget: int) -> list[list[Item]]:
     """Micro-batches of about `token_budget` rows each, each of one K.

@@ -18,7 +18,7 @@ from cookbook.cli import main
 from tests.tiny import tiny_model_dir
 
 WEIGHTS, MOMENTS = "adapter_model.safetensors", "optimizer.safetensors"
-SAME = ("train/", "eval/", "optim/", "progress/")  # metrics that equal runs share; time and speed they do not
+SAME = ("train/", "dpo/", "eval/", "optim/", "progress/")  # metrics that equal runs share; time and speed they do not
 
 
 def chat(number: int) -> dict[str, object]:
@@ -34,14 +34,14 @@ def write_rows(path: Path, rows: Iterable[object]) -> Path:
     return path
 
 
-def command(run_dir: Path, data: Path, **changes: object) -> list[str]:
-    """`cook sft` of half a second: data_eval_rows=4 in `changes` is data.eval_rows=4."""
+def command(run_dir: Path, data: Path, kind: str = "sft", **changes: object) -> list[str]:
+    """`cook sft` (or another kind) of half a second: data_eval_rows=4 in `changes` is data.eval_rows=4."""
     values: dict[str, object] = {
         "model_name": tiny_model_dir(), "engine_dtype": "float32", "engine_device": "cpu", "lora_rank": 4,
         "data_path": data, "data_eval_rows": 6, "steps": 12, "batch_size": 4, "max_length": 128, "learning_rate": 0.01,
         "eval_every": 4, "save_every": 2, "run_dir": run_dir, **changes,
     }  # fmt: skip
-    return ["sft", "data=file", *(f"{_dotted(key)}={_typed(value)}" for key, value in values.items())]
+    return [kind, "data=file", *(f"{_dotted(key)}={_typed(value)}" for key, value in values.items())]
 
 
 def _dotted(key: str) -> str:
@@ -53,9 +53,9 @@ def _typed(value: object) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def train(run_dir: Path, data: Path, **changes: object) -> int:
-    """The exit status of `cook sft`."""
-    return main(command(run_dir, data, **changes))
+def train(run_dir: Path, data: Path, kind: str = "sft", **changes: object) -> int:
+    """The exit status of `cook sft`, or of another kind."""
+    return main(command(run_dir, data, kind, **changes))
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -352,7 +352,10 @@ def test_did_you_mean_knows_last_parts_initials_and_spelling(word: str, meant: s
 # conf/.
 
 
-@pytest.mark.parametrize(("kind", "chosen"), [("sft", ("model", "data", "experiment")), ("rl", ("env", "data", "experiment"))])
+CHOICES = {"sft": ("model", "data", "experiment"), "rl": ("env", "data", "experiment"), "dpo": ("data", "experiment")}
+
+
+@pytest.mark.parametrize(("kind", "chosen"), CHOICES.items())
 def test_every_config_file_composes_to_the_golden_configuration(kind: str, chosen: tuple[str, ...]) -> None:
     """Regenerate after a wanted change: COOK_GOLDEN=write uv run pytest tests/test_compose.py"""
     default = compose(kind, [])

@@ -110,7 +110,7 @@ def test_it_stops_where_a_run_would(tmp_path):
     assert error(service="http://x") == "service=http://x: only service=local exists in this version"
     assert error(init_from="nowhere").startswith("init_from=nowhere: no such directory")
     assert error(optim=OptimConfig(schedule="linaer")).startswith("optim.schedule=linaer is unknown, did you mean lin")
-    with pytest.raises(UsageError, match="recipes/sft and recipes/rl only"):
+    with pytest.raises(UsageError, match="recipes/sft, recipes/rl and recipes/dpo only"):
         dry_run("", tiny_config(tmp_path))
 
 

@@ -338,6 +338,25 @@ def test_a_custom_loss_over_pairs_has_autograds_gradient(client: TrainingClient,
     assert_gradients_equal(client, model, 2e-5)
 
 
+@pytest.mark.parametrize("token_budget", [1024, 16])
+def test_a_custom_loss_on_weighted_positions_alone_has_the_same_gradient(client: TrainingClient, token_budget: int) -> None:
+    batch = data((9, 14, 30, 5))
+    batch[1].loss_fn_inputs["weights"] = torch.zeros(14)  # no position of it is wanted
+    whole = client.forward_backward_custom(batch, pair_loss).result()
+    expected = gradients(client)
+    client.adapter.clear_grad()
+    client.engine.token_budget = token_budget
+    ours = client.forward_backward_custom(batch, pair_loss, logprobs="weighted").result()
+    client.engine.token_budget = 1024
+    assert ours.metrics["loss:sum"] == pytest.approx(whole.metrics["loss:sum"], rel=1e-5)
+    for name, (d_a, d_b) in gradients(client).items():
+        assert_close(d_a, expected[name][0])
+        assert_close(d_b, expected[name][1])
+    for one, some, every in zip(batch, ours.loss_fn_outputs, whole.loss_fn_outputs, strict=True):
+        wanted = torch.as_tensor(one.loss_fn_inputs["weights"]) != 0
+        torch.testing.assert_close(some["logprobs"], every["logprobs"] * wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_a_custom_loss_may_use_keys_of_its_own_and_several_targets(client: TrainingClient) -> None:
     one = Datum(ModelInput.from_ints([1, 2, 3]), {"target_tokens": [[2, 5], [3, 6], [4, 7]], "reference": "anything"})
     seen: list = []

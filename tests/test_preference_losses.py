@@ -1,0 +1,160 @@
+"""The losses of recipes/dpo on given logprobs: by the papers' formulas in float64, and TRL's own where it is installed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cookbook.dpo import Part, Scored, accuracy
+from cookbook.preferences import Rated, TokenSequence
+from core import Datum, ModelInput
+from recipes.dpo import ipo, kto, pairs, simpo
+from tests.tiny import tiny_model_dir
+
+POLICY = torch.tensor([-12.5, -14.0, -30.0, -29.0, -7.25, -7.25])  # chosen, rejected, chosen, ...
+REFERENCE = torch.tensor([-13.0, -13.0, -30.5, -28.0, -7.0, -7.0])
+LENGTHS = [5, 6, 12, 10, 3, 3]
+
+
+def datum(length: int) -> Datum:
+    """Two prompt tokens without weight, then a reply of `length` tokens."""
+    weights = torch.tensor([0.0, *[1.0] * length])
+    return Datum(ModelInput.from_ints([1] * (length + 1)), {"target_tokens": torch.ones(length + 1).long(), "weights": weights})
+
+
+def part(units: list[Any], reference: torch.Tensor | None = REFERENCE, lengths: list[int] = LENGTHS) -> Part:
+    return Part(units, [datum(length) for length in lengths], reference)
+
+
+def log_sigmoid(x: float) -> float:
+    return -math.log1p(math.exp(-x))
+
+
+def by_pairs(loss: Callable[[float, float, int, int], float]) -> list[float]:
+    """`loss(chosen log ratio, rejected log ratio, their lengths)` of each pair."""
+    ratios = [p - r for p, r in zip(POLICY.tolist(), REFERENCE.tolist(), strict=True)]
+    return [loss(ratios[i], ratios[i + 1], LENGTHS[i], LENGTHS[i + 1]) for i in range(0, 6, 2)]
+
+
+def close(scored: Scored, expected: list[float]) -> bool:
+    return scored.loss.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_dpo_is_the_log_sigmoid_of_the_margin() -> None:
+    for smoothing in (0.0, 0.1):
+        config = pairs.Config(beta=0.3, label_smoothing=smoothing)
+
+        def expected(c: float, r: float, *_: int, s: float = smoothing) -> float:
+            return -(1 - s) * log_sigmoid(0.3 * (c - r)) - s * log_sigmoid(-0.3 * (c - r))
+
+        assert close(pairs.score(config, part([None] * 3), POLICY), by_pairs(expected))
+
+
+def test_the_policy_that_is_the_reference_has_a_loss_of_ln_2_and_ties() -> None:
+    scored = pairs.score(pairs.Config(), part([None] * 3), REFERENCE)
+    assert scored.loss.tolist() == pytest.approx([math.log(2)] * 3, abs=1e-7) and accuracy(scored) == 0.5
+
+
+def test_ipo_aims_at_a_gap_per_token() -> None:
+    scored = ipo.score(ipo.Config(beta=0.2), part([None] * 3), POLICY)
+    assert close(scored, by_pairs(lambda c, r, lc, lr: (c / lc - r / lr - 2.5) ** 2))
+
+
+def test_simpo_asks_no_reference() -> None:
+    scored = simpo.score(simpo.Config(beta=2.0, gamma=0.5), part([None] * 3, reference=None), POLICY)
+    means = [p / length for p, length in zip(POLICY.tolist(), LENGTHS, strict=True)]
+    assert close(scored, [-log_sigmoid(2.0 * (means[i] - means[i + 1]) - 0.5) for i in range(0, 6, 2)])
+
+
+def rated(wanted: list[bool]) -> list[Rated]:
+    from array import array
+
+    return [Rated("row", "", TokenSequence("row", array("i"), array("f")), desirable) for desirable in wanted]
+
+
+def test_kto_weighs_wanted_and_unwanted_replies_against_the_distance() -> None:
+    config = kto.Config(beta=0.2, desirable_weight=1.5, undesirable_weight=0.5)
+    wanted = [True, False, False, True, True, False]
+    scored = kto.score(config, 0.07, part(rated(wanted)), POLICY)
+    rewards = (0.2 * (POLICY - REFERENCE)).tolist()
+    sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+    expected = [
+        1.5 * (1 - sigmoid(x - 0.07)) if good else 0.5 * (1 - sigmoid(0.07 - x))
+        for x, good in zip(rewards, wanted, strict=True)
+    ]
+    assert close(scored, expected)
+    good, bad = scored.chosen_reward.tolist(), scored.rejected_reward.tolist()
+    assert accuracy(scored) == pytest.approx(sum((g > b) + 0.5 * (g == b) for g in good for b in bad) / 9)
+
+
+def test_every_loss_falls_when_the_chosen_reply_becomes_likelier() -> None:
+    scores: list[Callable[[torch.Tensor], Scored]] = [
+        lambda sums: pairs.score(pairs.Config(), part([None] * 3), sums),
+        lambda sums: ipo.score(ipo.Config(), part([None] * 3), sums),
+        lambda sums: simpo.score(simpo.Config(), part([None] * 3), sums),
+        lambda sums: kto.score(kto.Config(), 0.0, part(rated([True, False] * 3)), sums),
+    ]
+    for score in scores:
+        sums = POLICY.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(score(sums).loss.sum(), sums)
+        assert (gradient[::2] < 0).all() and (gradient[1::2] > 0).all()
+
+
+# ---- TRL's own losses, where the bench group is installed
+
+
+@pytest.mark.parametrize(("kind", "loss"), [("sigmoid", pairs), ("ipo", ipo)])
+def test_dpo_and_ipo_are_trls(kind: str, loss: Any, tmp_path: Path) -> None:
+    """Its trainer's loss on a batch, two random models as policy and reference; ours on these models' logprobs."""
+    pytest.importorskip("trl", reason="TRL is in the bench group: uv sync --group bench")
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    policy, reference = (AutoModelForCausalLM.from_pretrained(tiny_model_dir()) for _ in range(2))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    rows = [{"prompt": f"say {i}", "chosen": " yes" * (1 + i), "rejected": " no" * (4 - i)} for i in range(4)]
+    arguments = DPOConfig(
+        str(tmp_path), loss_type=[kind], beta=0.3, per_device_train_batch_size=4, report_to="none", use_cpu=True, bf16=False
+    )
+    trainer = DPOTrainer(
+        policy, reference, arguments, train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(tiny_model_dir()),
+    )  # fmt: skip
+    policy.eval()
+    batch = next(iter(trainer.get_train_dataloader()))
+    theirs = float(trainer.compute_loss(policy, dict(batch)))
+
+    def summed(model: torch.nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        picked = logits.log_softmax(-1).gather(2, batch["input_ids"][:, 1:, None]).squeeze(2)
+        return (picked * batch["completion_mask"][:, 1:]).sum(1)
+
+    halves = [half.tolist() for half in torch.arange(8).chunk(2)]  # chosen first, then rejected
+    order = [i for couple in zip(*halves, strict=True) for i in couple]
+    lengths = batch["completion_mask"].sum(1)[order].tolist()
+    ours = loss.score(loss.Config(beta=0.3), part([None] * 4, summed(reference)[order], lengths), summed(policy)[order])
+    assert float(ours.loss.mean()) == pytest.approx(theirs, rel=1e-5)
+
+
+def test_simpo_is_trls() -> None:
+    pytest.importorskip("trl", reason="TRL is in the bench group: uv sync --group bench")
+    from types import SimpleNamespace
+
+    from trl.experimental.cpo import CPOTrainer
+
+    its = SimpleNamespace(
+        alpha=0.0, beta=2.0, simpo_gamma=0.5, loss_type="simpo", label_smoothing=0.0, accelerator=SimpleNamespace(device="cpu")
+    )
+    means = POLICY / torch.tensor(LENGTHS)
+    losses, *_ = CPOTrainer.cpo_loss(its, means[::2], means[1::2])  # type: ignore[arg-type]
+    ours = simpo.score(simpo.Config(beta=2.0, gamma=0.5), part([None] * 3, reference=None), POLICY)
+    assert ours.loss.tolist() == pytest.approx(losses.tolist(), rel=1e-5)

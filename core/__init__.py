@@ -19,6 +19,8 @@ _HOME = {
     "SamplingClient": "sampling_client",
     "SamplingParams": "datum",
     "SaveOutput": "datum",
+    "StreamedToken": "token_stream",
+    "TokenStream": "token_stream",
     "EngineOptions": "machine",
     "DamagedCheckpoint": "checkpoints",
     "Future": "futures",

@@ -64,6 +64,10 @@ class Future(Generic[T]):
         self._inner.add_done_callback(lambda _: changed.resolve(lambda: change(self._inner.result())))
         return changed
 
+    def add_done_callback(self, tell: Callable[[], None]) -> None:
+        """Call `tell` once there is a result, an exception or a cancellation."""
+        self._inner.add_done_callback(lambda _: tell())
+
     def add_error_callback(self, tell: Callable[[BaseException], None]) -> None:
         """Call `tell` with the exception, should there be one."""
 

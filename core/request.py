@@ -14,6 +14,7 @@ from core.futures import Future
 from core.kv_cache import Slot
 from core.lora import Adapter, Weights
 from core.packing import Item
+from core.token_stream import StreamedToken
 
 CustomLoss = Callable[[Sequence[Datum], list[torch.Tensor]], tuple[torch.Tensor, dict[str, float]]]
 
@@ -66,6 +67,7 @@ class SampleRequest:
     weights: Weights
     ends: Callable[[list[int]], bool]  # whether the tokens so far end in something to stop at
     future: Future[SampleResponse]
+    on_token: Callable[[StreamedToken], None] | None = None  # called by the engine's thread: it must not wait
     prompt_logprobs: tuple[list[float | None], list[list[tuple[int, float]] | None] | None] | None = None
     sequences: list[Continuation] = field(default_factory=list)
 
@@ -80,6 +82,7 @@ class Continuation:
     """One sample on its way: `tokens` are the prompt and what has been sampled."""
 
     request: SampleRequest
+    number: int  # among those of its request
     tokens: list[int]
     uniform: Callable[[], float]
     logprobs: list[float] = field(default_factory=list)

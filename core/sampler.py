@@ -29,6 +29,7 @@ from core.paged import PAGE, PagedPrefill, Pages, page_table
 from core.request import Continuation, SampleRequest
 from core.sampling import Choice, Head, pick
 from core.stacked import StackedRows, Stacks
+from core.token_stream import StreamedToken, tell
 
 PREFILL_ROWS = {"cpu": 1024, "cuda": 8192}  # new prompt tokens per pass; decoding goes on between passes
 DIVERGED = "the model's logits are not finite: the adapter has diverged"
@@ -73,7 +74,7 @@ class Sampler:
         self._alive[weights.key] = weights
         for i in range(request.num_samples):
             generator = random.Random(secrets.randbits(64) if seed is None else f"{seed} {i}")
-            request.sequences.append(Continuation(request, list(request.prompt), generator.random))
+            request.sequences.append(Continuation(request, i, list(request.prompt), generator.random))
         self._waiting.extend(request.sequences)
 
     def fail_all(self, error: BaseException) -> None:
@@ -263,6 +264,8 @@ class Sampler:
         sequence.slot.tokens.append(sequence.tokens[-1])
         sequence.tokens.append(token)
         sequence.logprobs.append(logprob)
+        if request.on_token is not None:
+            tell(request.future, request.on_token, StreamedToken(sequence.number, token, logprob))
         if request.ends(sequence.sampled):
             self._finish(sequence, "stop")
         elif len(sequence.logprobs) >= request.max_tokens:

@@ -15,6 +15,7 @@ from core.futures import Future
 from core.lora import Weights
 from core.request import Call, PassRequest, SampleRequest
 from core.stops import ends_at
+from core.token_stream import StreamedToken, TokenStream
 
 if TYPE_CHECKING:
     from core.engine import Engine, Tenant
@@ -39,8 +40,13 @@ class SamplingClient:
         sampling_params: SamplingParams | None = None,
         include_prompt_logprobs: bool = False,
         topk_prompt_logprobs: int = 0,
+        on_token: Callable[[StreamedToken], None] | None = None,
     ) -> Future[SampleResponse]:
-        """`num_samples` continuations of `prompt`. The future can be cancelled; what was begun is then given up."""
+        """`num_samples` continuations of `prompt`. The future can be cancelled; what was begun is then given up.
+
+        `on_token` is called with each token as it is sampled, in the engine's thread: it must return at once, as a queue's
+        `put` or a loop's `call_soon_threadsafe` does. What it raises becomes the request's error.
+        """
         params = sampling_params or SamplingParams()
         tokens = self._checked(prompt)
         max_tokens = self._checked_params(params, len(tokens))
@@ -48,7 +54,7 @@ class SamplingClient:
             raise ValueError(f"num_samples is {num_samples}, expected at least 1")
         ends = ends_at(params.stop, self.engine.base_model)
         future: Future[SampleResponse] = Future(cancellable=True)
-        request = SampleRequest(tokens, num_samples, params, max_tokens, self.weights, ends, future)
+        request = SampleRequest(tokens, num_samples, params, max_tokens, self.weights, ends, future, on_token)
         if not (include_prompt_logprobs or topk_prompt_logprobs):
             self.engine.submit_sample(self.tenant, request)
             return future
@@ -61,6 +67,10 @@ class SamplingClient:
         started.add_error_callback(future.set_exception)
         self.engine.submit(self.tenant, Call(begin, started))
         return future
+
+    def stream(self, prompt: ModelInput, num_samples: int = 1, sampling_params: SamplingParams | None = None) -> TokenStream:
+        """The same continuations, token by token: `for found in sampler.stream(prompt): found.token`."""
+        return TokenStream(lambda put: self.sample(prompt, num_samples, sampling_params, on_token=put))
 
     def together(self) -> AbstractContextManager[None]:
         """Requests made inside begin at one moment, when it ends: their batches do not depend on how fast they came."""

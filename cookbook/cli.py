@@ -36,6 +36,8 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Read data, show an exam
 EnvName = Annotated[str, typer.Argument(help="One of those that `cook envs` lists.", metavar="NAME")]
 EnvKeys = Annotated[list[str] | None, typer.Argument(help="Of the env, as in digits=3.", metavar="[KEY=VALUE]...")]
 
+ServeWords = Annotated[list[str] | None, typer.Argument(help="As in port=8000; or keys ...", metavar="[WORD]...")]
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit status: 0, 1 failed, 2 the user's mistake, 130 interrupted."""
@@ -190,6 +192,16 @@ def recipes() -> None:
     from cookbook.catalog import print_recipes
 
     print_recipes(_console())
+
+
+@app.command()
+def serve(
+    words: ServeWords = None,
+) -> None:
+    """Offer the engine to Tinker clients: cook serve model=qwen3-8b; cook serve keys create|list|revoke"""
+    from cookbook.serving.cli import main as serve_main
+
+    serve_main(words or [], _console())
 
 
 @app.command()

@@ -200,6 +200,10 @@ def load(adapter: Adapter, directory: Path, base_model: str, base_fingerprint: s
             adapter.grad.copy_(moments["grad"])
             adapter.has_grad = True
         adapter.step = state["step"]
+    else:
+        adapter.exp_avg.zero_()
+        adapter.exp_avg_sq.zero_()
+        adapter.step = 0
 
 
 def _read_moments(directory: Path, adapter: Adapter) -> dict[str, torch.Tensor]:

@@ -239,6 +239,10 @@ class TrainingClient:
         """The weights alone as tinker://<training_run_id>/sampler_weights/<name>, for create_sampling_client."""
         return self._save("sampler_weights", name, overwrite, with_optimizer=False)
 
+    def save_weights_external(self, name: str, overwrite: bool = False) -> Future[SaveOutput]:
+        """An export as tinker://<training_run_id>/external_weights/<name>: PEFT's two files and what they were made of."""
+        return self._save("external_weights", name, overwrite, with_optimizer=False)
+
     def save_weights_and_get_sampling_client(self) -> Future[SamplingClient]:
         """A client that samples from the weights as they are after the verbs submitted so far. Nothing is copied."""
         key, engine = _acquire(self.engine.base_model, self.options)  # here: the engine's thread must not wait for a load
@@ -247,7 +251,7 @@ class TrainingClient:
         return self._call(lambda: SamplingClient(engine, self.adapter.snapshot(), tenant, release))
 
     def load_state(self, path: str | Path, with_optimizer: bool = False) -> Future[None]:
-        """Replace this adapter's weights (and, if asked, moments) by a checkpoint of the same geometry."""
+        """Replace this adapter's weights by a checkpoint of the same geometry; moments are its own or, if not asked, fresh."""
         directory = checkpoints.resolve(path, self.store)
         theirs = checkpoints.read_lora_config(directory)
         ours = self.adapter.config

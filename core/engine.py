@@ -287,8 +287,13 @@ class Engine:
             outputs[item.request][item.index] = item.spread(logprobs[span])
 
     @torch.no_grad()
-    def prompt_logprobs(self, prompt: list[int], weights: Weights, top_k: int) -> PromptLogprobs:
-        """Logprobs (T = 1) of a prompt's tokens and, if asked for, the likeliest ones. For the engine's thread."""
+    def prompt_logprobs(
+        self, prompt: list[int], weights: Weights, top_k: int, temperature: float = 1.0
+    ) -> PromptLogprobs:
+        """Logprobs (T = 1) of a prompt's tokens and, if asked for, the likeliest ones (at `temperature`).
+
+        For the engine's thread.
+        """
         if len(prompt) == 1:
             return [None], [None] if top_k else None
         tokens = torch.tensor(prompt)
@@ -299,7 +304,7 @@ class Engine:
         logprobs: list[float | None] = [None, *self.decoder.logprobs_of(x, rows).squeeze(1).tolist()]
         if not top_k:
             return logprobs, None
-        return logprobs, [None, *top_logprobs(self.decoder, x[rows.selected], rows.segments[0], top_k)]
+        return logprobs, [None, *top_logprobs(self.decoder, x[rows.selected], rows.segments[0], top_k, temperature)]
 
     def _terms(self, requests: list[PassRequest], ordered: list[Item]) -> list[Term]:
         terms, start = [], 0

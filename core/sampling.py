@@ -188,14 +188,16 @@ def draw(logits: torch.Tensor, greedy: torch.Tensor, uniform: torch.Tensor) -> t
     return tokens, logits[rows, tokens] - largest - reached[:, -1].log().float()
 
 
-def top_logprobs(decoder: Decoder, x: torch.Tensor, adapters: UnembedAdapters, count: int) -> list[list[tuple[int, float]]]:
-    """The likeliest tokens (T = 1) after each of n rows x [n, d], all served by `adapters`."""
+def top_logprobs(
+    decoder: Decoder, x: torch.Tensor, adapters: UnembedAdapters, count: int, temperature: float = 1.0
+) -> list[list[tuple[int, float]]]:
+    """The likeliest tokens after each of n rows x [n, d], all served by `adapters`."""
     found: list[list[tuple[int, float]]] = []
     for start in range(0, len(x), 128):
         part = x[start : start + 128]
         head = Head(decoder, part, [adapters])
         shift = head.logits(torch.zeros(len(part), device=x.device)).amax(0).float()
-        logprobs = torch.log_softmax(head.logits(shift).T.float(), dim=1)
+        logprobs = torch.log_softmax(head.logits(shift).T.float() / temperature, dim=1)
         values, tokens = torch.topk(logprobs, min(count, logprobs.shape[1]))
         found += [list(zip(t, v, strict=True)) for t, v in zip(tokens.tolist(), values.tolist(), strict=True)]
     return found

@@ -86,6 +86,48 @@ class SamplingClient:
         self.engine.submit(self.tenant, request)
         return request.future.then(lambda output: [None, *output.loss_fn_outputs[0]["logprobs"].tolist()])
 
+    def target_logprobs(self, prompt: ModelInput, targets: torch.Tensor) -> Future[torch.Tensor]:
+        """Logprobs (T = 1) of any tokens: targets [len(prompt) - 1, K], row i for position i + 1; -1 asks for nothing: 0.0."""
+        tokens = torch.tensor(self._checked(prompt))
+        if targets.dim() != 2 or targets.shape[0] != len(tokens) - 1 or targets.is_floating_point():
+            raise ValueError(
+                f"targets are {targets.dtype} of shape {list(targets.shape)}, expected whole numbers [{len(tokens) - 1}, K]"
+            )
+        if targets.numel() == 0:
+            return Future.completed(torch.zeros(targets.shape))
+        low, high, most = int(targets.min()), int(targets.max()), self.engine.decoder.vocab_size - 1
+        if low < -1 or high > most:
+            raise ValueError(f"targets run from {low} to {high}, expected -1 to {most}")
+        datum = Sequenced(tokens[:-1], targets.clamp(min=0), {}, targets.shape)
+        request = PassRequest(self.weights, [datum], "cross_entropy", {}, False, False, Future())
+        self.engine.submit(self.tenant, request)
+        asked = targets >= 0
+        return request.future.then(lambda output: torch.where(asked, output.loss_fn_outputs[0]["logprobs"], 0.0))
+
+    def top_logprobs(
+        self, tokens: ModelInput, k: int, temperature: float = 1.0
+    ) -> Future[list[list[tuple[int, float]] | None]]:
+        """The k likeliest (token, logprob) at each position, likeliest first; None for the first position."""
+        if k < 1:
+            raise ValueError(f"k is {k}, expected at least 1")
+        checked = self._checked(tokens)
+
+        def work() -> list[list[tuple[int, float]] | None]:
+            _, table = self.engine.prompt_logprobs(checked, self.weights, k, temperature)
+            assert table is not None
+            return table
+
+        call = Call(work, Future())
+        self.engine.submit(self.tenant, call)
+        return call.future
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """The ids at which the base model itself ends a text, from its generation configuration."""
+        model = self.engine.decoder.model
+        ends = getattr(model.generation_config or model.config, "eos_token_id", None)
+        return (ends,) if isinstance(ends, int) else tuple(ends or ())
+
     def _checked(self, prompt: ModelInput) -> list[int]:
         tokens, decoder = prompt.to_ints(), self.engine.decoder
         if not tokens:

@@ -1,0 +1,142 @@
+"""Promises: an operation's id now, its result by long-polling later; the same operation sent twice is one."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from fastapi import Response
+from fastapi.responses import JSONResponse
+
+from cookbook.serving.refusal import Refusal
+from cookbook.serving.store import Store
+
+log = logging.getLogger("cook.serve")
+HOLD_SECONDS = 25.0  # how long a poll is held open before 408
+KEEP_READ_SECONDS, KEEP_UNREAD_SECONDS = 300.0, 3600.0  # of finished results
+
+Result = bytes | dict  # protobuf or JSON
+
+
+@dataclass(eq=False)
+class Promise:
+    """An operation that was accepted."""
+
+    id: str
+    owner: str
+    key: str
+    digest: str
+    reply: dict  # what accepted it, and accepts a repetition
+    task: asyncio.Task[Result] = field(init=False)
+    finished: float | None = None
+    read: float | None = None
+
+
+def digest_of(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()
+
+
+class Promises:
+    """All of them. Used from the event loop alone."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._by_id: dict[str, Promise] = {}
+        self._by_key: dict[str, Promise] = {}
+
+    def begin(self, owner: str, key: str, digest: str, work: Callable[[str], Awaitable[Result]], **reply: object) -> dict:
+        """Start `work(request_id)` unless `key` is known; the reply that accepts it. Refusal 400 if the payload differs."""
+        known = self._by_key.get(key)
+        if known is not None:
+            _same(known.digest, digest, key)
+            return known.reply
+        saved = self.store.row("SELECT request_id, digest FROM saves WHERE key = ?", key)
+        if saved is not None:
+            _same(saved["digest"], digest, key)
+            return {"request_id": saved["request_id"], **reply}
+        request_id = secrets.token_hex(16)
+        promise = Promise(request_id, owner, key, digest, {"request_id": request_id, **reply})
+        self._by_id[request_id] = self._by_key[key] = promise
+        promise.task = asyncio.create_task(_settle(promise, work))
+        return promise.reply
+
+    def known(self, key: str) -> bool:
+        return key in self._by_key
+
+    def count(self, prefix: str = "") -> int:
+        """Operations that are not over, of keys that begin so."""
+        return sum(not p.task.done() and p.key.startswith(prefix) for p in self._by_id.values())
+
+    def remember_save(self, request_id: str, result: dict) -> None:
+        """A save is acknowledged once it is in the index: a restarted server still answers for it."""
+        promise = self._by_id[request_id]
+        self.store.run_sql(
+            "INSERT OR REPLACE INTO saves VALUES (?, ?, ?, ?, ?)",
+            request_id, promise.owner, promise.key, promise.digest, json.dumps(result),
+        )  # fmt: skip
+
+    async def retrieve(self, request_id: str, owner: str, hold_seconds: float = HOLD_SECONDS) -> Response:
+        """The result, 408 while there is none, 410 when it is lost."""
+        promise = self._by_id.get(request_id)
+        if promise is None or promise.owner != owner:
+            return self._from_index(request_id, owner)
+        await asyncio.wait([promise.task], timeout=hold_seconds)
+        if not promise.task.done():
+            return JSONResponse({"queue_state": "active"}, 408)
+        promise.read = time.monotonic()
+        if promise.task.cancelled():
+            return JSONResponse({"error": "cancelled", "category": "user"})
+        result = promise.task.result()
+        if isinstance(result, bytes):
+            return Response(result, media_type="application/x-protobuf")
+        return JSONResponse(result)
+
+    def _from_index(self, request_id: str, owner: str) -> Response:
+        row = self.store.row("SELECT result FROM saves WHERE request_id = ? AND owner = ?", request_id, owner)
+        if row is not None:
+            return JSONResponse(json.loads(row["result"]))
+        detail = f"request {request_id} is not known: the server was restarted, or its result was kept long enough"
+        return JSONResponse({"detail": detail}, 410)
+
+    def cancel(self, request_id: str, owner: str) -> None:
+        promise = self._by_id.get(request_id)
+        if promise is not None and promise.owner == owner:
+            promise.task.cancel()
+
+    def forget_old(self) -> None:
+        now = time.monotonic()
+        for promise in list(self._by_id.values()):
+            read = promise.read is not None and now - promise.read > KEEP_READ_SECONDS
+            if promise.task.done() and (read or now - (promise.finished or now) > KEEP_UNREAD_SECONDS):
+                del self._by_id[promise.id], self._by_key[promise.key]
+
+    async def drop_all(self) -> None:
+        for promise in self._by_id.values():
+            promise.task.cancel()
+        await asyncio.gather(*(promise.task for promise in self._by_id.values()), return_exceptions=True)
+
+
+def _same(known: str, given: str, key: str) -> None:
+    if known != given:
+        raise Refusal(400, f"{key} was sent before with another content")
+
+
+async def _settle(promise: Promise, work: Callable[[str], Awaitable[Result]]) -> Result:
+    """One operation that fails says so in its own result and disturbs no other."""
+    try:
+        return await work(promise.id)
+    except Refusal as error:
+        return {"error": error.detail, "category": "user"}
+    except ValueError as error:  # the engine's door
+        return {"error": " ".join(str(error).split()), "category": "user"}
+    except Exception as error:
+        log.exception("%s failed", promise.key)
+        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())}", "category": "server"}
+    finally:
+        promise.finished = time.monotonic()

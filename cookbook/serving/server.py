@@ -1,0 +1,228 @@
+"""What is alive while the server runs: base models, training clients and samplers, each with its owner."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import TypeVar
+
+from cookbook.serving import keys
+from cookbook.serving.futures import Promises
+from cookbook.serving.refusal import Refusal
+from cookbook.serving.settings import Limits
+from cookbook.serving.store import Checkpoint, Store
+from core import Future, SamplingClient, ServiceClient, TrainingClient
+from core.checkpoints import read_base_model, read_lora_config
+
+log = logging.getLogger("cook.serve")
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class Run:
+    """A training client that somebody drives over the wire."""
+
+    id: str
+    session: str
+    owner: str
+    base_model: str
+    opening: asyncio.Future[TrainingClient] | None = None
+    order: asyncio.Lock = field(default_factory=asyncio.Lock)
+    inflight: Sampler | None = None  # shared by its samplers of kind "inflight"
+
+    async def submit(self, verb: Callable[[TrainingClient], Future[T]]) -> T:
+        """Queue a verb behind those that arrived before, then wait for its result."""
+        async with self.order:
+            trainer = await self.opened()
+            future = await asyncio.to_thread(verb, trainer)
+        return await future
+
+    async def opened(self) -> TrainingClient:
+        assert self.opening is not None
+        try:
+            return await asyncio.shield(self.opening)
+        except ValueError as error:
+            raise Refusal(400, f"training run {self.id} could not be opened: {' '.join(str(error).split())}") from error
+
+
+@dataclass(eq=False)
+class Sampler:
+    """Where a sampling session samples from."""
+
+    client: SamplingClient
+
+
+class Server:
+    """The state behind the endpoints. Its methods run on the event loop."""
+
+    def __init__(self, service: ServiceClient, models: list[str], store: Store, limits: Limits) -> None:
+        self.service, self.models, self.store, self.limits = service, models, store, limits
+        self.promises = Promises(store)
+        self.runs: dict[str, Run] = {}
+        self.samplers: dict[str, tuple[str, Sampler]] = {}  # sampling session -> owner, sampler
+        self.base: dict[str, SamplingClient] = {}
+        self.session_keys: dict[tuple[str, str], str] = {}  # owner, idempotency key -> session
+        self.joined: dict[str, int] = {}  # sampling session -> clones that have asked for a number
+        self.sampling: dict[str, int] = {}  # owner -> samples in flight
+        self.started = time.time()
+        self._by_path: weakref.WeakValueDictionary[tuple[str, float], SamplingClient] = weakref.WeakValueDictionary()
+
+    async def open(self) -> None:
+        """Load the base models, which stay; tidy up what a crash left."""
+        self.store.recover()
+        for name in self.models:
+            self.base[name] = await self.service.create_sampling_client(base_model=name)
+
+    async def close(self) -> None:
+        await self.promises.drop_all()
+        for session in {run.session for run in self.runs.values()}:
+            self.release(session)
+        self.samplers.clear()
+        for client in self.base.values():
+            client.close()
+
+    async def housekeeping(self) -> None:
+        while True:
+            await asyncio.sleep(30)
+            self.promises.forget_old()
+            self.store.remove_expired()
+            silent = time.time() - self.limits.session_hours * 3600
+            for row in self.store.rows("SELECT id FROM sessions WHERE finished IS NULL AND seen < ?", silent):
+                self.finish(row["id"], "no sign of life")
+
+    @property
+    def needs_key(self) -> bool:
+        return keys.any_made(self.store)
+
+    # ---- sessions
+
+    def session(self, session_id: str, owner: str) -> str:
+        """Its id, if it is `owner`'s and not over. Refusal 404 or 410."""
+        row = self.store.row("SELECT owner, finished FROM sessions WHERE id = ?", session_id)
+        if row is None or row["owner"] != owner:
+            raise Refusal(404, f"no session {session_id}")
+        if row["finished"] is not None:
+            raise Refusal(410, f"session {session_id} is over ({row['finished']})")
+        return session_id
+
+    def finish(self, session_id: str, reason: str) -> None:
+        self.store.run_sql("UPDATE sessions SET finished = ? WHERE id = ?", reason, session_id)
+        self.release(session_id)
+
+    def release(self, session_id: str) -> None:
+        """Its training clients leave the engine after what they have submitted; its samplers go."""
+        for run in [run for run in self.runs.values() if run.session == session_id]:
+            del self.runs[run.id]
+            if run.opening is not None and run.opening.done() and run.opening.exception() is None:
+                run.opening.result().close()
+        for sampler_id in [key for key in self.samplers if key.startswith(f"{session_id}:")]:
+            del self.samplers[sampler_id]
+
+    # ---- training clients
+
+    def run(self, run_id: str, owner: str) -> Run:
+        """A living one of `owner`'s. Refusal 404 names the checkpoint to go on from."""
+        run = self.runs.get(run_id)
+        if run is not None and run.owner == owner:
+            return run
+        row = self.store.row("SELECT owner FROM runs WHERE id = ?", run_id)
+        if row is None or row["owner"] != owner:
+            raise Refusal(404, f"no training run {run_id}")
+        newest = self.store.newest_state(run_id)
+        advice = f"go on from its last checkpoint, {newest}" if newest else "it had no checkpoint"
+        raise Refusal(404, f"training run {run_id} is not loaded (the server was restarted, or its session is over): {advice}")
+
+    def add_run(self, run: Run, lora: dict, metadata: dict | None, opening: Future[TrainingClient]) -> Run:
+        async def opened() -> TrainingClient:
+            trainer = await opening
+            trainer.training_run_id = run.id
+            if run.id not in self.runs:  # the session ended meanwhile
+                trainer.close()
+            return trainer
+
+        self.runs[run.id] = run
+        run.opening = asyncio.ensure_future(opened())
+        self.store.run_sql(
+            "INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            run.id, run.session, run.owner, run.base_model, json.dumps(lora),
+            json.dumps(metadata) if metadata else None, time.time(), time.time(),
+        )  # fmt: skip
+        return run
+
+    def forget_run(self, run_id: str) -> None:
+        """One that could not be opened."""
+        self.runs.pop(run_id, None)
+        self.store.run_sql("DELETE FROM runs WHERE id = ?", run_id)
+
+    def check_new_run(self, run_id: str, owner: str) -> None:
+        if self.store.rows("SELECT 1 FROM runs WHERE id = ?", run_id):
+            raise Refusal(400, f"training run {run_id} exists already")
+        if sum(run.owner == owner for run in self.runs.values()) >= self.limits.training_clients:
+            raise Refusal(429, f"{self.limits.training_clients} training clients are open (limits.training_clients)")
+
+    def check_model(self, name: str) -> str:
+        if name not in self.base:
+            raise Refusal(400, f"base model '{name}' is not served here, there are: {', '.join(self.base)}")
+        return name
+
+    # ---- samplers
+
+    def sampler(self, sampler_id: str, owner: str) -> Sampler | None:
+        """A living one of `owner`'s; None where `reopen` can bring it back."""
+        known_owner, sampler = self.samplers.get(sampler_id, (None, None))
+        if known_owner == owner:
+            return sampler
+        row = self.store.row("SELECT owner FROM samplers WHERE id = ?", sampler_id)
+        if row is None or row["owner"] != owner:
+            raise Refusal(404, f"no sampling session {sampler_id}")
+        return None
+
+    async def reopen(self, sampler_id: str, owner: str) -> Sampler:
+        """A sampling session after a restart: of a base model or a checkpoint it goes on, of passing weights it cannot."""
+        row = self.store.row("SELECT * FROM samplers WHERE id = ?", sampler_id)
+        assert row is not None
+        self.session(row["session"], owner)
+        if row["path"] == "":
+            raise Refusal(404, f"the weights of sampling session {sampler_id} were not saved and are gone: make a new one")
+        return await self.add_sampler(sampler_id, row["session"], owner, row["base_model"], row["path"])
+
+    async def add_sampler(self, sampler_id: str, session: str, owner: str, base_model: str, path: str | None) -> Sampler:
+        client = self.base[self.check_model(base_model)] if path is None else await self.load_sampler(path, owner)
+        return self.keep_sampler(sampler_id, session, owner, base_model, path, Sampler(client))
+
+    def keep_sampler(
+        self, sampler_id: str, session: str, owner: str, base_model: str, path: str | None, sampler: Sampler
+    ) -> Sampler:
+        """path "" stands for weights that are nowhere on disk."""
+        self.samplers[sampler_id] = (owner, sampler)
+        self.store.run_sql(
+            "INSERT OR REPLACE INTO samplers VALUES (?, ?, ?, ?, ?, ?)",
+            sampler_id, session, owner, base_model, path, time.time(),
+        )  # fmt: skip
+        return sampler
+
+    async def load_sampler(self, uri: str, owner: str) -> SamplingClient:
+        """A saved adapter; sessions of one checkpoint share it."""
+        checkpoint = self.store.checkpoint(uri, owner)
+        key = (checkpoint.uri, checkpoint.created)
+        client = self._by_path.get(key)
+        if client is None:
+            directory = self.store.directory_of(checkpoint.run, checkpoint.kind, checkpoint.name)
+            try:
+                client = await self.service.create_sampling_client(directory, self.base_model_of(checkpoint))
+            except ValueError as error:
+                raise Refusal(400, " ".join(str(error).split())) from error
+            self._by_path[key] = client
+        return client
+
+    def lora_of(self, checkpoint: Checkpoint) -> dict:
+        return asdict(read_lora_config(self.store.directory_of(checkpoint.run, checkpoint.kind, checkpoint.name)))
+
+    def base_model_of(self, checkpoint: Checkpoint) -> str:
+        name = read_base_model(self.store.directory_of(checkpoint.run, checkpoint.kind, checkpoint.name))
+        return self.check_model(name)

@@ -1,0 +1,183 @@
+"""What survives a crash: an SQLite index of keys, sessions, runs, samplers and checkpoints, beside the files of weights."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import sqlite3
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cookbook.serving.refusal import Refusal
+from core.checkpoints import KINDS, check_name
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta(name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS keys(id TEXT PRIMARY KEY, owner TEXT NOT NULL, digest BLOB NOT NULL, created REAL NOT NULL,
+    revoked REAL);
+CREATE TABLE IF NOT EXISTS sessions(id TEXT PRIMARY KEY, owner TEXT NOT NULL, created REAL NOT NULL, seen REAL NOT NULL,
+    display_name TEXT, metadata TEXT, finished TEXT);
+CREATE TABLE IF NOT EXISTS runs(id TEXT PRIMARY KEY, session TEXT NOT NULL, owner TEXT NOT NULL, base_model TEXT NOT NULL,
+    lora TEXT NOT NULL, metadata TEXT, created REAL NOT NULL, seen REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS samplers(id TEXT PRIMARY KEY, session TEXT NOT NULL, owner TEXT NOT NULL, base_model TEXT NOT NULL,
+    path TEXT, created REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS checkpoints(run TEXT NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL, owner TEXT NOT NULL,
+    created REAL NOT NULL, expires REAL, public INTEGER NOT NULL DEFAULT 0, size INTEGER NOT NULL, metadata TEXT,
+    PRIMARY KEY(run, kind, name));
+CREATE TABLE IF NOT EXISTS saves(request_id TEXT PRIMARY KEY, owner TEXT NOT NULL, key TEXT UNIQUE NOT NULL,
+    digest TEXT NOT NULL, result TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS checkpoints_by_owner ON checkpoints(owner, created);
+CREATE INDEX IF NOT EXISTS runs_by_owner ON runs(owner, seen);
+"""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A row of the index; the files lie in `<store>/<run>/<kind>/<name>`."""
+
+    run: str
+    kind: str
+    name: str
+    owner: str
+    created: float
+    expires: float | None
+    public: bool
+    size: int
+    metadata: dict[str, str] | None
+
+    @property
+    def uri(self) -> str:
+        return f"tinker://{self.run}/{self.kind}/{self.name}"
+
+
+class Store:
+    """One connection, used from any thread."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        self._lock = threading.RLock()
+        self._db = sqlite3.connect(directory / "serve.db", check_same_thread=False, timeout=30)
+        self._db.row_factory = sqlite3.Row
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=NORMAL")
+        self._db.executescript(_SCHEMA)
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+    def run_sql(self, statement: str, *values: Any) -> int:
+        """Execute and commit; the number of rows changed."""
+        with self._lock, self._db:
+            return self._db.execute(statement, values).rowcount
+
+    def rows(self, query: str, *values: Any) -> list[sqlite3.Row]:
+        with self._lock:
+            return self._db.execute(query, values).fetchall()
+
+    def row(self, query: str, *values: Any) -> sqlite3.Row | None:
+        return next(iter(self.rows(query, *values)), None)
+
+    def secret(self) -> bytes:
+        """What download links are signed with; made once per store."""
+        self.run_sql("INSERT OR IGNORE INTO meta VALUES ('secret', ?)", secrets.token_hex(32))
+        row = self.row("SELECT value FROM meta WHERE name = 'secret'")
+        assert row is not None
+        return bytes.fromhex(row["value"])
+
+    # ---- checkpoints
+
+    def directory_of(self, run: str, kind: str, name: str) -> Path:
+        return self.directory / run / kind / name
+
+    def add_checkpoint(
+        self, run: str, kind: str, name: str, owner: str, ttl: int | None, metadata: dict[str, str] | None
+    ) -> None:
+        """After its directory has been renamed into place; a row of the same name is replaced."""
+        size = sum(file.stat().st_size for file in self.directory_of(run, kind, name).iterdir())
+        expires = time.time() + ttl if ttl is not None else None
+        self.run_sql(
+            "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, 0, ?, ?)",
+            run, kind, name, owner, time.time(), expires, size, json.dumps(metadata) if metadata else None,
+        )  # fmt: skip
+
+    def checkpoint(self, uri: str, owner: str) -> Checkpoint:
+        """One that `owner` may read. Refusal 400 for what is no URI, 404 for what is not there or another's."""
+        run, kind, name = parse_uri(uri)
+        found = self._checkpoint(run, kind, name)
+        if found is None or not (found.owner == owner or found.public):
+            raise Refusal(404, f"no checkpoint {uri}")
+        return found
+
+    def own_checkpoint(self, run: str, kind: str, name: str, owner: str) -> Checkpoint:
+        found = self._checkpoint(run, kind, name)
+        if found is None or found.owner != owner:
+            raise Refusal(404, f"no checkpoint tinker://{run}/{kind}/{name}")
+        return found
+
+    def _checkpoint(self, run: str, kind: str, name: str) -> Checkpoint | None:
+        found = self.checkpoints("run = ? AND kind = ? AND name = ?", run, kind, name)
+        return found[0] if found and self.directory_of(run, kind, name).is_dir() else None
+
+    def checkpoints(self, where: str, *values: Any) -> list[Checkpoint]:
+        """Newest first; those past their time are not there any more."""
+        rows = self.rows(
+            f"SELECT * FROM checkpoints WHERE {where} AND (expires IS NULL OR expires > ?) ORDER BY created DESC, rowid DESC",
+            *values, time.time(),
+        )  # fmt: skip
+        return [Checkpoint(**{**dict(row), "public": bool(row["public"]), "metadata": _loads(row["metadata"])}) for row in rows]
+
+    def delete_checkpoint(self, run: str, kind: str, name: str) -> None:
+        """The row goes first: what is half deleted must not be loadable."""
+        self.run_sql("DELETE FROM checkpoints WHERE run = ? AND kind = ? AND name = ?", run, kind, name)
+        shutil.rmtree(self.directory_of(run, kind, name), ignore_errors=True)
+
+    def remove_expired(self) -> None:
+        for row in self.rows("SELECT run, kind, name FROM checkpoints WHERE expires <= ?", time.time()):
+            self.delete_checkpoint(row["run"], row["kind"], row["name"])
+
+    def recover(self) -> None:
+        """At start: what was being written goes; what was whole but not yet in the index comes in."""
+        owners = {row["id"]: row["owner"] for row in self.rows("SELECT id, owner FROM runs")}
+        for run, owner in owners.items():
+            for directory in (self.directory / run).glob("*/*"):
+                kind, name = directory.parent.name, directory.name
+                if name.startswith("."):
+                    shutil.rmtree(directory, ignore_errors=True)
+                elif not self.rows("SELECT 1 FROM checkpoints WHERE run = ? AND kind = ? AND name = ?", run, kind, name):
+                    self.add_checkpoint(run, kind, name, owner, None, None)
+
+    def newest_state(self, run: str) -> str | None:
+        """The URI of the newest checkpoint from which training can go on."""
+        found = self.checkpoints("run = ? AND kind = 'weights'", run)
+        return found[0].uri if found else None
+
+
+def parse_uri(uri: str) -> tuple[str, str, str]:
+    """(run, kind, name) of tinker://run/kind/name; Refusal 400 for anything else, traversal included."""
+    parts = uri.removeprefix("tinker://").split("/")
+    if not uri.startswith("tinker://") or len(parts) != 3 or parts[1] not in KINDS:
+        raise Refusal(400, f"'{uri}' is not of the form tinker://<training_run_id>/<{'|'.join(KINDS)}>/<name>")
+    for part in (parts[0], parts[2]):
+        checked_name(part)
+    return parts[0], parts[1], parts[2]
+
+
+def checked_name(name: str) -> str:
+    """One path segment of at most 200 characters; Refusal 400."""
+    try:
+        check_name(name)
+    except ValueError as error:
+        raise Refusal(400, str(error)) from error
+    if len(name.encode()) > 200:
+        raise Refusal(400, f"name of {len(name.encode())} bytes, expected at most 200")
+    return name
+
+
+def _loads(text: str | None) -> Any:
+    return json.loads(text) if text else None

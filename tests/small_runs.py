@@ -44,9 +44,13 @@ def command(run_dir: Path, data: Path, kind: str = "sft", **changes: object) -> 
     return [kind, "data=file", *(f"{_dotted(key)}={_typed(value)}" for key, value in values.items())]
 
 
+ROOT_KEYS = ("eval_every",)
+
+
 def _dotted(key: str) -> str:
     group, _, rest = key.partition("_")
-    return f"{group}.{rest}" if group in ("model", "engine", "lora", "data", "optim", "log") else key
+    is_grouped = group in ("model", "engine", "lora", "data", "eval", "optim", "log") and key not in ROOT_KEYS
+    return f"{group}.{rest}" if is_grouped else key
 
 
 def _typed(value: object) -> str:

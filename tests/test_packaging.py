@@ -35,6 +35,7 @@ def test_the_wheel_has_one_top_level_name_and_carries_the_tree(unpacked: Path) -
     assert [p.name for p in unpacked.iterdir() if not p.name.endswith(".dist-info")] == ["cookbook"]
     assert sorted(p.name for p in (unpacked / "cookbook/_tree").iterdir()) == ["conf", "core", "envs", "recipes"]
     assert (unpacked / "cookbook/_tree/conf/sft.yaml").exists()
+    assert {"charts.js", "page.css", "report.css", "report.js"} <= {p.name for p in (unpacked / "cookbook/templates").iterdir()}
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -13,15 +14,20 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from cookbook import records
 from cookbook.cli import main
+from cookbook.config import LogConfig
 from cookbook.data_log import write_data
 from cookbook.report import report
 from cookbook.report_reader import reader_sets
+from cookbook.run import Run
 from cookbook.run_reader import read_run
 from core import Datum, ModelInput
 from tests.past_runs import logprobs, rl_run, words_of
+from tests.small_runs import chat, train, write_rows
+from tests.test_run_reader import Config, started
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
@@ -247,11 +253,40 @@ def test_held_out_rows_are_shown_before_and_after(here: Path) -> None:
 def test_what_is_too_long_for_a_page_is_cut_with_the_most_telling_kept(here: Path) -> None:
     run = rl_run(here / "runs/a", 1)
     rows = records.read_rows(run / "rollouts/000001.jsonl")
-    rows = [{**row, "problem": 100 * copy + row["problem"]} for copy in range(40) for row in rows]
+    rows = [{**row, "problem": 100 * copy + row["problem"]} for copy in range(3) for row in rows]
     for row in rows:
         row["reward"], row["messages"][0]["content"] = float(row["problem"] == 7 and row["attempt"] == 0), "x" * 20_000
-        row["turns"][0]["texts"], row["turns"][0]["logprobs"] = ["a"] * 3000, [-0.5] * 3000
+        row["turns"][0]["texts"], row["turns"][0]["logprobs"] = ["a"] * 2000, [-0.5] * 2000
     records.write_rows(run / "rollouts/000001.jsonl", rows)
     first = reader_sets(read_run("a"))[0]
-    assert first["items"][0]["title"] == "problem 7" and len(json.dumps(first)) < 400_000
-    assert "[... 2200 tokens ...]" in json.dumps(first) and "characters ...]" in json.dumps(first)
+    assert first["items"][0]["title"] == "problem 7" and 1 < len(first["items"]) < 24 and len(json.dumps(first)) < 400_000
+    assert "[... 1200 tokens ...]" in json.dumps(first) and "characters ...]" in json.dumps(first)
+
+
+# Runs that write their own.
+
+
+def test_a_recipe_leaves_a_report_with_its_answers_and_rows(here: Path, one_thread: None) -> None:
+    data = write_rows(here / "rows.jsonl", map(chat, range(40)))
+    assert train(here / "run", data, steps=4, eval_every=0, eval_prompts=2) == 0
+    page = (here / "run/report.html").read_text()
+    assert 'class="state completed"' in page and "<figcaption>eval/held_out/nll</figcaption>" in page
+    kinds = {each["label"].split(",")[0] for each in reader_sets(read_run(here / "run"))}
+    assert kinds == {"answers", "held-out rows", "training rows"}
+    row = next(each for each in reader_sets(read_run(here / "run")) if each["kind"] == "held_out")["items"][0]
+    before, after = (float(attempt["sub"].split()[2]) for attempt in row["attempts"])
+    assert before < after < 0  # it learned
+
+
+def test_a_run_under_way_has_a_report_since_its_checkpoint_and_no_report_can_fail_it(here: Path) -> None:
+    with started(here / "runs/a") as run:
+        page = (run.dir / "report.html").read_text()
+        assert 'class="state running"' in page and "Going on." in page and "cook report a looks again" in page
+        (run.dir / "report.html").unlink()
+        (run.dir / "report.html").mkdir()
+    assert read_run("a").state == "completed"
+    log = (run.dir / "console.log").read_text()
+    assert "report.html could not be written (UsageError: " in log and "cook report tries again" in log
+    with Run(Config(str(here / "runs/b"), log=LogConfig(report=False)), "sft/chat", console=Console(file=io.StringIO())) as run:
+        run.log(1, {"train/nll": 1.0})
+    assert not (run.dir / "report.html").exists()

@@ -184,7 +184,9 @@ def _pairs(rows: list[Json], before: list[Json]) -> Iterable[Json]:
         both, earlier = sides(rows, pair), sides(before, pair)
         attempts = [_sequence(row, str(row.get("side", ""))) for row in both]
         attempts += [_sequence(row, f"{row.get('side', '')} before") for row in earlier]
-        yield _item(f"pair {pair}", both[0], attempts, list(range(len(both))))
+        show = range(len(both)) if len(both) > 1 else range(len(attempts))  # an unpaired reply beside itself before
+        kind = f", {both[0]['kind']}" if both[0].get("kind") else ""
+        yield _item(f"pair {pair}{kind}" if len(both) > 1 else f"reply {pair}{kind}", both[0], attempts, list(show))
 
 
 def _item(title: str, row: Json, attempts: list[Json], show: list[int]) -> Json:

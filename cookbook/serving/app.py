@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -18,12 +18,13 @@ from cookbook.serving.refusal import Refusal
 from cookbook.serving.server import Server
 
 
-def create_app(server: Server) -> FastAPI:
-    """The application around an unopened Server; its models load when it starts."""
+def create_app(server: Server, tell_ready: Callable[[], None] = lambda: None) -> FastAPI:
+    """The application around an unopened Server; its models load when it starts, then `tell_ready` is called."""
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         await server.open()
+        tell_ready()
         chores = asyncio.create_task(server.housekeeping())
         try:
             yield

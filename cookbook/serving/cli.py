@@ -92,10 +92,15 @@ def _serve(config: ServeConfig, console: Console) -> None:
     server = Server(connect("local", store.directory, config.engine), model_names(config.model), store, config.limits)
     listening = _listen(config.host, config.port)
     host, port = listening.getsockname()[:2]
-    console.print(f"serving {', '.join(server.models)} at http://{host}:{port}, store {config.store}", highlight=False)
-    if not server.needs_key:
-        console.print(f"no keys: whoever reaches this port is '{keys.ANYONE}'; any key that begins with tml- will do")
-    settings = uvicorn.Config(create_app(server), log_level="warning", timeout_keep_alive=75, timeout_graceful_shutdown=5)
+
+    def tell_ready() -> None:
+        print(f"serving {', '.join(server.models)} at http://{host}:{port}, store {config.store}", flush=True)
+        if not server.needs_key:
+            print(f"no keys: whoever reaches this port is '{keys.ANYONE}'; any key that begins with tml- will do", flush=True)
+
+    settings = uvicorn.Config(
+        create_app(server, tell_ready), log_level="warning", timeout_keep_alive=75, timeout_graceful_shutdown=5
+    )
     uvicorn.Server(settings).run([listening])
 
 

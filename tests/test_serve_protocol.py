@@ -1,0 +1,277 @@
+"""Tinker's protocol below the SDK: repetitions, owners, caps, hostile paths, and what a killed server still knows."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
+
+import zstandard
+
+from cookbook.errors import UsageError
+from cookbook.serving import keys, proto
+from cookbook.serving.cli import main, model_names, parse
+from cookbook.serving.store import Store
+from tests.live_server import MODEL, serving
+from tests.small_runs import ROOT
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Wire:
+    """One key's view of a server, by hand."""
+
+    def __init__(self, url: str, key: str = "tml-x") -> None:
+        self.http = httpx.Client(base_url=f"{url}/api/v1", headers={"X-API-Key": key}, timeout=60)
+
+    def post(self, path: str, body: dict | bytes, status: int = 200, **headers: str) -> dict:
+        sent = {"content": body} if isinstance(body, bytes) else {"json": body}
+        reply = self.http.post(path, **sent, headers=headers)  # type: ignore[arg-type]
+        assert reply.status_code == status, (reply.status_code, reply.text)
+        return reply.json()
+
+    def result(self, promise: dict, status: int = 200) -> dict:
+        return self.post("/retrieve_future", {"request_id": promise["request_id"]}, status)
+
+    def session(self) -> str:
+        return self.post("/create_session", {"type": "create_session"})["session_id"]
+
+    def model(self, session: str, number: int = 0) -> str:
+        body = {"session_id": session, "model_seq_id": number, "base_model": MODEL, "lora_config": {"rank": 2, "seed": 0}}
+        return self.result(self.post("/create_model", body))["model_id"]
+
+    def save(self, model: str, seq_id: int, name: str, **more: object) -> dict:
+        return self.post("/save_weights", {"model_id": model, "path": name, "seq_id": seq_id, **more})
+
+
+def gradient(model: str, seq_id: int, token: int = 5) -> bytes:
+    message = proto.new("ForwardBackwardRequest")
+    message.model_id, message.seq_id, message.loss_fn = model, seq_id, "cross_entropy"
+    one = message.data.add()
+    one.model_input.add().encoded_text.tokens = token.to_bytes(4, "little")
+    targets = one.loss_fn_inputs["target_tokens"]
+    targets.dense, targets.dtype = token.to_bytes(8, "little"), proto.INT64
+    return message.SerializeToString()
+
+
+@pytest.fixture(scope="module")
+def open_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    store = tmp_path_factory.mktemp("open")
+    with serving(store, body_mb=1, queued=3) as (url, _):
+        yield url, store
+
+
+@pytest.fixture(scope="module")
+def wire(open_server: tuple[str, Path]) -> Wire:
+    return Wire(open_server[0])
+
+
+def test_an_operation_sent_twice_runs_once(wire: Wire) -> None:
+    model = wire.model(wire.session())
+    body = gradient(model, 1)
+    one, two = wire.post("/forward_backward", body), wire.post("/forward_backward", body)
+    assert one == two
+    assert "was sent before with another content" in wire.post("/forward_backward", gradient(model, 1, token=6), 400)["detail"]
+    step = {"model_id": model, "seq_id": 2, "adam_params": {"learning_rate": 0.1}}
+    first = wire.result(wire.post("/optim_step", step))
+    assert wire.result(wire.post("/optim_step", step)) == first and first["metrics"]["grad_norm:mean"] > 0
+    assert "without a gradient" in wire.result(wire.post("/optim_step", {**step, "seq_id": 9}))["error"]  # a gap is no wait
+
+
+def test_a_session_asked_for_twice_is_one(wire: Wire) -> None:
+    one, two = (wire.post("/create_session", {}, **{"X-Idempotency-Key": "k"})["session_id"] for _ in range(2))
+    assert one == two != wire.session()
+    wire.post(f"/sessions/{one}/finish", {"reason": {"type": "success"}})
+    wire.post("/session_heartbeat", {"session_id": one}, 410)
+
+
+def test_an_unknown_promise_is_lost_not_waited_for(wire: Wire) -> None:
+    assert "not known" in wire.result({"request_id": "nothing"}, 410)["detail"]
+
+
+def test_bodies_have_a_cap_packed_and_unpacked(wire: Wire) -> None:
+    wire.post("/forward_backward", bytes(2 << 20), 413)
+    bomb = zstandard.compress(bytes(200 << 20))
+    assert len(bomb) < 1 << 20
+    wire.post("/forward_backward", bomb, 413, **{"Content-Encoding": "zstd"})
+    wire.post("/forward_backward", b"\x00not zstd", 400, **{"Content-Encoding": "zstd"})
+    wire.post("/forward_backward", b"\xff\xff\xff", 400)
+    packed = zstandard.compress(gradient(wire.model(wire.session()), 1))
+    assert "request_id" in wire.post("/forward_backward", packed, **{"Content-Encoding": "zstd"})
+
+
+@pytest.mark.parametrize("name", ["..", "../x", "a/b", "", ".hidden", "a\x00b", "x" * 300])
+def test_names_are_one_path_segment(wire: Wire, name: str, open_server: tuple[str, Path]) -> None:
+    model = wire.model(wire.session())
+    wire.post("/save_weights", {"model_id": model, "path": name, "seq_id": 1}, 400)
+    assert {entry.name for entry in open_server[1].iterdir()} >= {"serve.db"}
+
+
+@pytest.mark.parametrize(
+    ("uri", "status"),
+    [
+        ("/etc/passwd", 400), ("tinker://../weights/x", 400), ("tinker://a/../x", 400), ("tinker://a/weights/..", 400),
+        ("tinker://a/weights/b/c", 400), ("tinker://a/weights/b", 404), ("file://x", 400),
+    ],
+)  # fmt: skip
+def test_only_checkpoints_of_the_index_can_be_loaded(wire: Wire, uri: str, status: int) -> None:
+    session = wire.session()
+    wire.post("/load_weights", {"session_id": session, "model_seq_id": 0, "path": uri, "optimizer": False}, status)
+    wire.post("/create_sampling_session", {"session_id": session, "sampling_session_seq_id": 0, "model_path": uri}, status)
+    wire.post("/weights_info", {"tinker_path": uri}, status)
+
+
+def test_graphs_of_losses_are_refused(wire: Wire) -> None:
+    wire.post("/create_custom_loss", {"session_id": wire.session(), "graph": {"format": 1, "nodes": []}}, 400)
+    message = proto.parse("ForwardBackwardRequest", gradient(wire.model(wire.session()), 1))
+    message.loss_fn = "custom"
+    wire.post("/forward_backward", message.SerializeToString(), 400)
+
+
+def test_ttl_is_checked(wire: Wire) -> None:
+    model = wire.model(wire.session())
+    wire.post("/save_weights", {"model_id": model, "path": "a", "seq_id": 1, "ttl_seconds": 5}, 400)
+
+
+def test_owners_do_not_see_each_other(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    alice, bob = keys.create(store, "alice"), keys.create(store, "bob")
+    with serving(tmp_path) as (url, server):
+        a, b = Wire(url, alice), Wire(url, bob)
+        session = a.session()
+        model = a.model(session)
+        path = a.result(a.save(model, 1, "mine"))["path"]
+        promise = a.save(model, 2, "second")
+        hers = b.session()
+        b.post("/forward_backward", gradient(model, 3), 404)
+        b.post("/get_info", {"model_id": model}, 404)
+        b.post("/load_weights", {"session_id": hers, "model_seq_id": 0, "path": path, "optimizer": True}, 404)
+        b.post("/create_sampling_session", {"session_id": hers, "sampling_session_seq_id": 0, "model_path": path}, 404)
+        b.post("/create_sampling_session", {"session_id": session, "sampling_session_seq_id": 0, "base_model": MODEL}, 404)
+        b.result(promise, 410)
+        place = f"/training_runs/{model}/checkpoints/weights/mine"
+        assert b.http.delete(place).status_code == 404
+        assert b.http.get(f"/training_runs/{model}").status_code == 404
+        assert b.http.get("/training_runs").json()["training_runs"] == []
+        assert b.http.get("/checkpoints").json()["checkpoints"] == []
+        assert b.http.get(f"/sessions/{session}").status_code == 404
+        assert a.http.post(f"{place}/publish").status_code == 200
+        copied = b.post("/copy_weights", {"source_path": path, "destination_project_id": "p"})["tinker_path"]
+        assert a.http.delete(place).status_code == 200
+        body = {"session_id": hers, "sampling_session_seq_id": 1, "model_path": copied}
+        assert b.post("/create_sampling_session", body)["sampling_session_id"]
+        for wrong in ("tml-", "tml-x", bob[:-1], ""):
+            Wire(url, wrong).post("/create_session", {}, 401)
+        keys.revoke(server.store, bob.split("-")[1])
+        b.post("/create_session", {}, 401)
+    store.close()
+
+
+def test_a_flooded_queue_asks_to_wait(wire: Wire) -> None:
+    model = wire.model(wire.session())
+    message = proto.parse("ForwardBackwardRequest", gradient(model, 1))
+    message.data.extend([message.data[0]] * 2000)
+    statuses = []
+    for seq_id in range(1, 9):
+        message.seq_id = seq_id
+        statuses.append(wire.http.post("/forward_backward", content=message.SerializeToString()).status_code)
+    assert set(statuses) == {200, 429}
+
+
+def test_open_to_others_only_with_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    with pytest.raises(UsageError, match=r"host=0\.0\.0\.0 is open to others and there is no key: make one"):
+        main([f"store={tmp_path}", "host=0.0.0.0", f"model={MODEL}"], Console())
+    main(["keys", "create", "carol", f"store={tmp_path}"], Console())
+    key = capsys.readouterr().out.strip()
+    store = Store(tmp_path)
+    assert keys.owner_of(store, key) == "carol" and key.startswith("tml-")
+    assert key.encode() not in (tmp_path / "serve.db").read_bytes() + (tmp_path / "serve.db-wal").read_bytes()
+    main(["keys", "revoke", key.split("-")[1], f"store={tmp_path}"], Console())
+    assert keys.owner_of(store, key) is None
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["prot=1"], r"unknown key 'prot'; did you mean 'port'\?"),
+        (["port=x"], r"port=x: .*'x'"),
+        (["limits.sample=1"], r"did you mean 'limits.samples'\?"),
+        (["qwen3-8b"], r"'qwen3-8b': expected key=value"),
+    ],
+)
+def test_settings_that_are_wrong_are_named(words: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse(words)
+
+
+def test_models_go_by_their_names() -> None:
+    assert model_names("qwen3-8b,./here") == ["Qwen/Qwen3-8B", "./here"]
+    assert parse(["model=./a", "engine.device=cpu", "limits.body_mb=3"]).limits.body_mb == 3
+
+
+@contextlib.contextmanager
+def process(store: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """`cook serve` as people start it."""
+    words = [f"model={MODEL}", f"store={store}", "port=0", "engine.device=cpu", "engine.dtype=float32"]
+    command = [sys.executable, "-m", "cookbook.cli", "serve", *words]
+    environment = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment) as started:
+        try:
+            assert started.stdout is not None
+            line = started.stdout.readline()
+            url = line.split(" at ")[1].split(",")[0]
+            for _ in range(600):
+                with contextlib.suppress(httpx.ConnectError, httpx.ReadTimeout):
+                    if httpx.get(f"{url}/api/v1/healthz", timeout=1).status_code == 200:
+                        break
+                time.sleep(0.1)
+            yield url, started
+        finally:
+            started.kill()
+
+
+@pytest.mark.slow  # two starts of a process
+def test_after_kill_9_what_was_acknowledged_is_there(tmp_path: Path) -> None:
+    with process(tmp_path) as (url, running):
+        wire = Wire(url)
+        session = wire.session()
+        model = wire.model(session)
+        wire.post("/forward_backward", gradient(model, 1))
+        wire.post("/optim_step", {"model_id": model, "seq_id": 2, "adam_params": {}})
+        promise = wire.save(model, 3, "kept")
+        path = wire.result(promise)["path"]
+        base = {"session_id": session, "sampling_session_seq_id": 0, "base_model": MODEL}
+        sampler = wire.post("/create_sampling_session", base)["sampling_session_id"]
+        lost = wire.post("/forward_backward", gradient(model, 4))
+        running.send_signal(signal.SIGKILL)
+        running.wait()
+    half = tmp_path / model / "weights" / ".half.abc"
+    half.mkdir()
+    (half / "state.json").write_text("{")
+    with process(tmp_path) as (url, running):
+        wire = Wire(url)
+        assert wire.result(promise)["path"] == path
+        wire.result(lost, 410)
+        detail = wire.post("/forward_backward", gradient(model, 5), 404)["detail"]
+        assert f"go on from its last checkpoint, {path}" in detail
+        assert not half.exists()
+        body = {"session_id": session, "model_seq_id": 1, "path": path, "optimizer": True}
+        assert wire.result(wire.post("/load_weights", body))["model_id"] == f"{session}:train:1"
+        sample = {"sampling_session_id": sampler, "seq_id": 0, "num_samples": 1, "sampling_params": {"max_tokens": 2}}
+        sample["prompt"] = {"chunks": [{"type": "encoded_text", "tokens": [1, 2]}]}
+        assert len(wire.post("/asample", sample)["sample_sequence_ids"]) == 1
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(20) in (0, -signal.SIGTERM)

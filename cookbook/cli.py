@@ -13,6 +13,8 @@ from cookbook.cli_runs import RunArg
 from cookbook.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import Console
 
     from cookbook.compose import Composed
@@ -28,10 +30,14 @@ data_app = typer.Typer(help="Look at training data before training on it.", no_a
 app.add_typer(data_app, name="data")
 envs_app = typer.Typer(help="List environments, play them, check them.", invoke_without_command=True)
 app.add_typer(envs_app, name="envs")
+sweep_app = typer.Typer(help="A sweep elsewhere; here it is -m: cook sft -m learning_rate=1e-4,3e-4", no_args_is_help=True)
+app.add_typer(sweep_app, name="sweep")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="As in steps=100.", metavar="[KEY=VALUE]...")]
 Cfg = Annotated[Literal["job"] | None, typer.Option("--cfg", help="Print the composed configuration and stop.")]
 ConfigDir = Annotated[Path | None, typer.Option("--config-dir", help="Your own model/, env/, data/, experiment/ files.")]
+Many = Annotated[bool, typer.Option("--multirun", "-m", help="A sweep: keys may have several values, as in seed=0,1,2.")]
+Metric = Annotated[str | None, typer.Option("--metric", help="What a sweep compares jobs by.", metavar="NAME")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Read data, show an example, estimate memory and time.")]
 EnvName = Annotated[str, typer.Argument(help="One of those that `cook envs` lists.", metavar="NAME")]
 EnvKeys = Annotated[list[str] | None, typer.Argument(help="Of the env, as in digits=3.", metavar="[KEY=VALUE]...")]
@@ -56,31 +62,40 @@ def main(argv: list[str] | None = None) -> int:
 
 @app.command()
 def sft(
-    overrides: Overrides = None, cfg: Cfg = None, config_dir: ConfigDir = None, dry_run: DryRun = False
-) -> int | None:
+    overrides: Overrides = None, many: Many = False, metric: Metric = None, cfg: Cfg = None,
+    config_dir: ConfigDir = None, dry_run: DryRun = False,
+) -> int | None:  # fmt: skip
     """Fine-tune on conversations: cook sft model=qwen3-8b data=no_robots"""
     from cookbook.compose import compose
 
+    if many:
+        return _start_many(lambda words: compose("sft", words, config_dir=config_dir), overrides, "sft", metric, cfg, dry_run)
     return _start(compose("sft", overrides or [], config_dir=config_dir), cfg, dry_run)
 
 
 @app.command()
 def rl(
-    overrides: Overrides = None, cfg: Cfg = None, config_dir: ConfigDir = None, dry_run: DryRun = False
-) -> int | None:
+    overrides: Overrides = None, many: Many = False, metric: Metric = None, cfg: Cfg = None,
+    config_dir: ConfigDir = None, dry_run: DryRun = False,
+) -> int | None:  # fmt: skip
     """Learn from rewards: cook rl env=gsm8k, or cook rl data=prompts.jsonl reward=my.py:score"""
     from cookbook.compose import compose
 
+    if many:
+        return _start_many(lambda words: compose("rl", words, config_dir=config_dir), overrides, "rl", metric, cfg, dry_run)
     return _start(compose("rl", overrides or [], config_dir=config_dir), cfg, dry_run)
 
 
 @app.command()
 def dpo(
-    overrides: Overrides = None, cfg: Cfg = None, config_dir: ConfigDir = None, dry_run: DryRun = False
-) -> int | None:
+    overrides: Overrides = None, many: Many = False, metric: Metric = None, cfg: Cfg = None,
+    config_dir: ConfigDir = None, dry_run: DryRun = False,
+) -> int | None:  # fmt: skip
     """Learn from preferences: cook dpo data=ultrafeedback, or cook dpo data=file data.path=pairs.jsonl"""
     from cookbook.compose import compose
 
+    if many:
+        return _start_many(lambda words: compose("dpo", words, config_dir=config_dir), overrides, "dpo", metric, cfg, dry_run)
     return _start(compose("dpo", overrides or [], config_dir=config_dir), cfg, dry_run)
 
 
@@ -88,13 +103,31 @@ def dpo(
 def run(
     file: Annotated[Path, typer.Argument(help="A .py file with Config and main.", metavar="FILE")],
     overrides: Overrides = None,
+    many: Many = False,
+    metric: Metric = None,
     cfg: Cfg = None,
     config_dir: ConfigDir = None,
 ) -> int | None:
     """Run a recipe file of your own."""
     from cookbook.compose import compose_file
 
+    if many:
+        return _start_many(lambda words: compose_file(file, words, config_dir), overrides, file.stem, metric, cfg)
     return _start(compose_file(file, overrides or [], config_dir), cfg)
+
+
+@sweep_app.command("wandb")
+def sweep_wandb(
+    kind: Annotated[Literal["sft", "rl", "dpo"], typer.Argument(help="sft, rl or dpo", metavar="RECIPE")],
+    overrides: Overrides = None,
+    metric: Metric = None,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Print the file that `wandb sweep` takes for the same axes: cook sweep wandb sft learning_rate=1e-4,3e-4 > sweep.yaml"""
+    from cookbook.compose import compose
+    from cookbook.sweep_wandb import sweep_file
+
+    print(sweep_file(kind, overrides or [], metric, lambda words: compose(kind, words, config_dir=config_dir)), end="")
 
 
 @app.command()
@@ -243,6 +276,18 @@ def _start(composed: Composed, cfg: str | None, dry_run: bool = False, run_dir: 
 
         return estimate(composed.recipe, composed.config)
     return launch(composed, run_dir)
+
+
+def _start_many(
+    compose: Callable[[list[str]], Composed], words: list[str] | None, kind: str, metric: str | None, cfg: str | None,
+    dry_run: bool = False,
+) -> int:  # fmt: skip
+    """A sweep; exit status 1 when a job failed."""
+    from cookbook.multirun import multirun
+
+    if cfg or dry_run:
+        raise UsageError(f"-m with {'--cfg' if cfg else '--dry-run'}: look at one job, with one value for each key")
+    return multirun(compose, words or [], kind, metric, _console())
 
 
 def _data_words(overrides: list[str] | None) -> list[str]:

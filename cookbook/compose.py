@@ -60,6 +60,7 @@ class Composed:
     overrides: list[str]  # as typed
     recipe: str  # "sft/chat", or the path of somebody's own file
     choices: dict[str, str | None]  # group -> file: {"model": "qwen3-8b", ...}
+    config_dir: Path | None = None  # somebody's own files of groups
 
 
 def compose(kind: str, overrides: list[str], recipe: str | None = None, config_dir: Path | None = None) -> Composed:
@@ -123,6 +124,13 @@ def recipe_files(kind: str) -> dict[str, Path]:
     return {path.stem: path for path in sorted((TREE / "recipes" / kind).glob("*.py")) if path.stem != "__init__"}
 
 
+def plugins_on_path() -> None:
+    """Our launchers lie in Hydra's namespace package, below ours: the wheel claims one name. Before Hydra looks for plugins."""
+    folder = str(Path(__file__).parent / "_plugins")
+    if folder not in sys.path:
+        sys.path.append(folder)
+
+
 def to_yaml(config: Any) -> str:
     """The text of config.yaml for a Config instance."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
@@ -171,7 +179,7 @@ def _compose(
         config = as_recipe_config(module.Config, OmegaConf.to_object(cfg))
     except OmegaConfBaseException as error:
         raise UsageError(one_line(error)) from error
-    return Composed(config, to_yaml(config), overrides, recipe, chosen)
+    return Composed(config, to_yaml(config), overrides, recipe, chosen, config_dir)
 
 
 def _loaded(
@@ -234,6 +242,7 @@ def _schema(config_type: type) -> DictConfig:
 
 
 def _load(primary: str, overrides: list[str], config_dir: Path | None, keys: list[str]) -> DictConfig:
+    plugins_on_path()
     version.setbase("1.3")
     search_path = create_config_search_path(str(CONF))
     if config_dir is not None:

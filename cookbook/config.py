@@ -108,6 +108,7 @@ class EngineConfig:
 class LogConfig:
     wandb: str = "off"  # off | online | offline
     wandb_project: str = "cook"  # trackio's project too
+    group: str | None = None  # of runs that belong together, on W&B and trackio; a sweep sets its name
     trackio: bool = False  # a local dashboard (extra `trackio`): trackio show --project cook
     every: int = 1  # console line every N steps (metrics.jsonl always has each step)
     report: bool = True  # report.html in the run directory, at checkpoints and at the end

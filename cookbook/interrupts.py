@@ -8,14 +8,17 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextvars import ContextVar
 from types import FrameType
+
+STOP: ContextVar[threading.Event | None] = ContextVar("stop", default=None)  # set from outside: a thread of a sweep
 
 
 class Interrupts:
     """Holds the two signals between `install` and `restore`. Only the main thread can; elsewhere both do nothing."""
 
     def __init__(self, log: Callable[[str], None], last_words: Callable[[], object]) -> None:
-        self.stop = threading.Event()
+        self.stop = STOP.get() or threading.Event()
         self._log = log  # must not print: a handler may run in the middle of another print
         self._last_words = last_words
         self._before: dict[int, object] = {}

@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bar
 
+CONSOLE: ContextVar[Console | None] = ContextVar("console", default=None)  # of a run that is a thread of a sweep
 SHOWN = {  # metric -> how a step line says it, in this order
     "train/nll": "nll {:.4f}",
     "train/loss": "loss {:.4f}",
@@ -36,7 +38,7 @@ class Progress:
     def __init__(self, log: LogConfig, console_log: Path, console: Console | None = None) -> None:
         from rich.console import Console
 
-        self.console = console or Console()
+        self.console = console or CONSOLE.get() or Console()
         self.console_log = console_log
         self.every = max(1, log.every)
         # rich draws one live display at a time, so a job that runs as a thread of a sweep prints lines

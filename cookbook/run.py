@@ -119,7 +119,7 @@ class Run:
             config=dataclasses.asdict(config),  # type: ignore[call-overload]
             run_id=self.checkpoints.rows[-1]["loop"].get("wandb_id") if self.checkpoints.rows else None,
             resumed=bool(self.checkpoints.rows),
-            group=group,
+            group=group or config.log.group,
         )
 
     # What a recipe calls, in the order of its life.

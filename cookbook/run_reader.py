@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,7 +160,12 @@ def _run_directories() -> Iterator[Path]:
 
 def runs_in(directory: Path) -> list[Path]:
     """The runs right below a directory, as a sweep has them, by name: 2 before 10."""
-    return sorted((path.parent for path in directory.glob("*/config.yaml")), key=lambda path: (len(path.name), path.name))
+    return sorted((path.parent for path in directory.glob("*/config.yaml")), key=_by_number)
+
+
+def _by_number(path: Path) -> tuple[int, str]:
+    number = re.match(r"\d+", path.name)
+    return int(number[0]) if number else -1, path.name
 
 
 def name_of(directory: Path) -> str:

@@ -1,0 +1,39 @@
+"""Our launchers for Hydra's sweepers, which find them only in this namespace: hydra/launcher=process and =shared.
+
+What a launcher does with its jobs is in cookbook/sweep.py: the task function is a cookbook.multirun.Task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.plugins.launcher import Launcher
+
+
+class ProcessLauncher(Launcher):
+    """Each job in a fresh process: one per GPU at a time, without GPUs one at a time, or `jobs`."""
+
+    how = "process"
+
+    def __init__(self, jobs: int | None = None) -> None:
+        self.jobs = jobs
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
+        self.task = task_function
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
+        return self.task.launch(self.how, job_overrides, initial_job_idx, self.jobs)
+
+
+class SharedLauncher(ProcessLauncher):
+    """All jobs (or `jobs` at a time) are threads of this process and tenants of one engine."""
+
+    how = "shared"
+
+
+# jobs: at a time; null: one per GPU or one, and of a shared sweep all. Plain nodes: Hydra reads this file before it is a module
+for kind in (ProcessLauncher, SharedLauncher):
+    node = {"_target_": f"hydra_plugins.cook_launchers.{kind.__name__}", "jobs": None}
+    ConfigStore.instance().store(group="hydra/launcher", name=kind.how, node=node, provider="cook")

@@ -1,0 +1,196 @@
+"""`-m`: words with several values become jobs, through Hydra's sweepers and launchers (any installed plugin of these too).
+
+Hydra sees only the words that vary, as keys without a schema; each job is composed by cookbook/compose.py from all words,
+and all that can be is checked before the first one starts.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cookbook.compose import Composed, plugins_on_path
+from cookbook.errors import UsageError
+from cookbook.keys import group_files
+from cookbook.overrides import key_of, one_line
+from cookbook.run_reader import RUNS
+
+plugins_on_path()
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl  # noqa: E402
+from hydra._internal.utils import create_config_search_path  # noqa: E402
+from hydra.core.config_store import ConfigStore  # noqa: E402
+from hydra.core.override_parser.overrides_parser import OverridesParser  # noqa: E402
+from hydra.core.override_parser.types import Glob, Override  # noqa: E402
+from hydra.core.plugins import Plugins  # noqa: E402
+from hydra.core.utils import JobReturn, JobStatus  # noqa: E402
+from hydra.errors import HydraException  # noqa: E402
+from hydra.types import HydraContext, RunMode  # noqa: E402
+from omegaconf.errors import OmegaConfBaseException  # noqa: E402
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+ComposeJob = Callable[[list[str]], Composed]
+PRIMARY = "cook_sweep"
+SWEPT = re.compile(r"^[+~]*[^=]+=.*(,|\b(choice|range|interval|glob|shuffle|sort|tag)\()")
+QUIET = ("hydra/hydra_logging=none", "hydra/job_logging=none", "hydra.output_subdir=null", "hydra.job.chdir=false")
+
+
+@dataclass(frozen=True)
+class Words:
+    """What was typed, by what it is for."""
+
+    constant: list[str]  # the same for every job
+    swept: list[str]  # several values
+    hydra: list[str]  # hydra/launcher=..., hydra.sweeper.n_trials=...
+
+
+def sorted_words(words: Sequence[str]) -> Words:
+    hydra = [word for word in words if word.startswith(("hydra.", "hydra/"))]
+    swept = [word for word in words if word not in hydra and _is_sweep(word)]
+    constant = [word for word in words if word not in hydra and word not in swept]
+    return Words(constant, [_expanded(word) for word in swept], hydra)
+
+
+def _is_sweep(word: str) -> bool:
+    if not SWEPT.match(word):
+        return False
+    try:
+        return OverridesParser.create().parse_override(word).is_sweep_override()
+    except HydraException:
+        return False
+
+
+@dataclass
+class Task:
+    """A sweep: how a job is composed and where it goes. Launchers of ours hand their jobs to `launch`, others call it."""
+
+    compose: ComposeJob
+    constant: list[str]
+    directory: Path
+    metric: str | None  # what jobs are compared by; None: the metric that rates a run's checkpoints
+    values: list[tuple[Path, list[str]]] = field(default_factory=list)  # of the jobs begun here, what they differ in
+
+    def launch(
+        self, how: str, job_overrides: Sequence[Sequence[str]], first: int, at_a_time: int | None
+    ) -> list[JobReturn]:
+        from cookbook import sweep
+
+        batch = [[word.lstrip("+") for word in words] for words in job_overrides]
+        jobs = [self.job(first + i, words) for i, words in enumerate(batch)]  # all composed before one starts
+        self.values += [(job.directory, job.varied) for job in jobs]
+        sweep.run_jobs(how, jobs, at_a_time)
+        returns = []
+        for job, words in zip(jobs, job_overrides, strict=True):
+            value = sweep.final_value(job.directory, self.metric)
+            returned = JobReturn(overrides=list(words), status=JobStatus.COMPLETED)
+            returned.return_value = value
+            returns.append(returned)
+        return returns
+
+    def job(self, number: int, varied: list[str]) -> Any:
+        from cookbook.sweep import Job
+
+        directory = self.directory / job_name(number, varied)
+        own = [f"name={directory.name}", f"run_dir={directory}", f"log.group={self.directory.name}"]
+        return Job(self.compose([*self.constant, *varied, *own]), directory, varied)
+
+    def __call__(self, config: Any) -> float | None:
+        """A job of another launcher's (joblib, submitit, ray), in a process that it chose."""
+        from cookbook import sweep
+
+        varied = [word.lstrip("+") for word in config.hydra.overrides.task]
+        job = self.job(int(config.hydra.job.num), varied)
+        sweep.run_alone(job)
+        return sweep.final_value(job.directory, self.metric)
+
+
+def multirun(compose: ComposeJob, words: Sequence[str], kind: str, metric: str | None, console: Console) -> int:
+    """Run all jobs and tell what came of them. Exit status 1 when one failed.
+
+    UsageError before the first job where one could not be composed.
+    """
+    from cookbook.sweep_summary import summarise
+
+    parts = sorted_words(words)
+    if not parts.swept:
+        raise UsageError("-m without a key that has several values, as in learning_rate=1e-4,3e-4")
+    given = {key_of(word): word.partition("=")[2] for word in parts.constant if key_of(word) in ("name", "run_dir")}
+    constant = [word for word in parts.constant if key_of(word) not in given]
+    name = given.get("name", f"sweep-{kind}-{time.strftime('%m%d-%H%M%S')}")
+    directory = Path(given.get("run_dir", RUNS / name)).absolute()
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UsageError(f"{directory} is not empty: choose another name= or run_dir= for the sweep")
+    check_words(compose, constant, parts.swept)
+    task = Task(compose, constant, directory, metric)
+    try:
+        _sweep(task, parts)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UsageError(one_line(error)) from error
+    jobs = summarise(directory, task.values, metric, console)
+    failed = any(job.state == "failed" for job in jobs) or len(jobs) < len(task.values)
+    return 1 if failed else 0
+
+
+def _sweep(task: Task, parts: Words) -> None:
+    chosen = [] if any(word.startswith("hydra/launcher=") for word in parts.hydra) else ["hydra/launcher=process"]
+    ConfigStore.instance().store(PRIMARY, {})
+    loader = ConfigLoaderImpl(create_config_search_path(None))
+    where = [f"hydra.sweep.dir='{task.directory}'", "hydra.sweep.subdir=jobs/${hydra.job.num}"]
+    config = loader.load_configuration(PRIMARY, [*QUIET, *where, *chosen, *parts.hydra], RunMode.MULTIRUN)
+    context = HydraContext(config_loader=loader, callbacks=_no_callbacks(config))
+    sweeper = Plugins.instance().instantiate_sweeper(hydra_context=context, task_function=task, config=config)
+    sweeper.sweep([word if word.startswith("+") else f"+{word}" for word in parts.swept])
+
+
+def _no_callbacks(config: Any) -> Any:
+    from hydra._internal.callbacks import Callbacks
+
+    return Callbacks(config)
+
+
+def _expanded(word: str) -> str:
+    """glob(...) over the files of a group, as Hydra has it, spelt out: Hydra does not see our groups here."""
+    override = OverridesParser.create().parse_override(word)
+    pattern, group = override._value, override.get_key_element()
+    if not isinstance(pattern, Glob):
+        return word
+    there = list(group_files(group))
+    if not (names := pattern.filter(there)):
+        raise UsageError(f"{word}: matches nothing; there are {', '.join(there) or 'no files for this key'}")
+    return f"{group}={','.join(names)}"
+
+
+def check_words(compose: ComposeJob, constant: list[str], swept: list[str]) -> None:
+    """Compose once for each value of each word, the others at their first: what is wrong is told before any job starts."""
+    values = {word: _values(OverridesParser.create().parse_override(word)) for word in swept}
+    first = {word: found[0] for word, found in values.items()}
+    for word, found in values.items():
+        for value in found:
+            compose([*constant, *({**first, word: value}).values()])
+
+
+def _values(override: Override) -> list[str]:
+    """The words that a swept word stands for; the ends of an interval."""
+    if override.is_discrete_sweep():
+        key = override.get_key_element()
+        return [f"{key}={value}" for value in override.sweep_string_iterator()]
+    interval = override.value()
+    return [f"{override.get_key_element()}={end}" for end in (interval.start, interval.end)]  # type: ignore[union-attr]
+
+
+def job_name(number: int, varied: Sequence[str]) -> str:
+    """3_learning_rate=1e-4_lora.rank=8, made of characters that need no quotes."""
+    told = "_".join(re.sub(r"[^A-Za-z0-9._=+-]+", "-", word) for word in varied)
+    return f"{number}_{told}"[:100].rstrip("-_.")
+
+
+def axes(swept: Sequence[str]) -> dict[str, list[str]]:
+    """Key -> values as typed, of BasicSweeper's grid."""
+    parsed = [OverridesParser.create().parse_override(word) for word in swept]
+    return {override.get_key_element(): [word.partition("=")[2] for word in _values(override)] for override in parsed}

@@ -1,0 +1,145 @@
+"""`-m`: jobs in processes of their own or as tenants of one engine; what one of them does is nothing to the others."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from cookbook.cli import main
+from cookbook.run_reader import read_run, runs_in
+from tests.small_runs import chat, command, losses, metrics, newest, result, train, weights, write_rows
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", map(chat, range(40)))
+
+
+def sweep(directory: Path, rows: Path, *words: str, **changes: object) -> int:
+    return main([*command(directory, rows, **changes), "-m", *words])
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, rows: Path) -> Path:
+    directory = tmp_path_factory.mktemp("sweeps") / "shared"
+    assert sweep(directory, rows, "hydra/launcher=shared", learning_rate="0.003,0.01", lora_rank="2,8") == 0
+    return directory
+
+
+def test_a_tenant_of_a_shared_sweep_ends_as_the_same_job_alone(shared: Path, rows: Path, tmp_path: Path) -> None:
+    jobs = runs_in(shared)
+    assert [job.name for job in jobs] == [
+        f"{i}_lora.rank={rank}_learning_rate={rate}"
+        for i, (rank, rate) in enumerate((rank, rate) for rank in (2, 8) for rate in (0.003, 0.01))
+    ]
+    for job in jobs[1:3]:
+        config = yaml.safe_load((job / "config.yaml").read_text())
+        alone = tmp_path / job.name
+        assert train(alone, rows, learning_rate=config["learning_rate"], lora_rank=config["lora"]["rank"]) == 0
+        assert losses(job) == pytest.approx(losses(alone), rel=1e-4)
+        for name, tensor in weights(newest(alone)).items():
+            torch.testing.assert_close(weights(newest(job))[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_the_summary_has_the_best_job_first(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = json.loads((shared / "sweep.json").read_text())
+    values = [job["value"] for job in record["jobs"]]
+    assert record["metric"] == "eval/held_out/nll" and values == sorted(values) and len(values) == 4
+    assert {job["state"] for job in record["jobs"]} == {"completed"}
+    page = (shared / "sweep.html").read_text()
+    assert page.count("<svg") >= 3 and "lora.rank=2 learning_rate=0.003" in page and "src=" not in page
+    assert {read_run(job).config["log"]["group"] for job in runs_in(shared)} == {"shared"}
+
+
+def test_each_job_is_a_process_by_default(rows: Path, tmp_path: Path) -> None:
+    assert sweep(tmp_path / "sweep", rows, seed="0,1", steps=2) == 0
+    jobs = runs_in(tmp_path / "sweep")
+    assert len(jobs) == 2 and all(result(job)["status"] == "completed" for job in jobs)
+    assert losses(jobs[0]) != losses(jobs[1])
+    assert "completed: 2 steps" in (jobs[0].parent / f"{jobs[0].name}.out").read_text()
+
+
+def test_one_that_fails_and_one_that_diverges_leave_the_others_alone(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rates = "0.01,1e30,3.0"
+    assert sweep(tmp_path / "sweep", rows, "hydra/launcher=shared", learning_rate=rates, steps=30, batch_size=8) == 1
+    shown = capsys.readouterr().out
+    fine, overflowing, wild = runs_in(tmp_path / "sweep")
+    assert result(fine)["status"] == "completed" and losses(fine)[-1] < losses(fine)[0]
+    assert result(overflowing)["status"] == "failed"
+    assert result(wild)["status"] == "interrupted" and result(wild)["steps"] < 30
+    states = {job["run"][0]: job["state"] for job in json.loads((tmp_path / "sweep" / "sweep.json").read_text())["jobs"]}
+    assert states["0"] == "completed" and states["2"] == "diverged" and states["1"] in ("failed", "diverged")
+    assert "diverged" in shown
+    assert main(["resume", str(fine), "steps=32"]) == 0 and result(fine)["steps"] == 32
+
+
+def test_ctrl_c_stops_every_job_with_a_checkpoint(rows: Path, tmp_path: Path) -> None:
+    changes = {"seed": "0,1,2", "steps": 100_000, "eval_every": 0, "save_every": 0}
+    words = [*command(tmp_path / "sweep", rows, **changes), "-m", "hydra/launcher=shared"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cookbook.cli", *words], stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while len(done := [job for job in runs_in(tmp_path / "sweep") if (job / "metrics.jsonl").exists()]) < 3 or not all(
+            len(metrics(job)) > 3 for job in done
+        ):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+    for job in runs_in(tmp_path / "sweep"):
+        assert result(job)["status"] == "interrupted" and newest(job).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["lerning_rate=1,2"], "unknown key lerning_rate (did you mean learning_rate?)"),
+        (["learning_rate=1e-3,often"], "learning_rate=often: expected float or null, got often"),
+        (["learning_rate=1e-3"], "-m without a key that has several values"),
+        (["model=glob(qwen9*)"], "model=glob(qwen9*): matches nothing; there are llama"),
+        (["seed=0,1", "hydra/launcher=shard"], "shard"),
+        (["seed=0,1", "--dry-run"], "-m with --dry-run: look at one job"),
+    ],
+)
+def test_a_mistake_is_told_before_any_job_starts(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sft", "-m", f"run_dir={tmp_path / 'sweep'}", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line and not runs_in(tmp_path / "sweep")
+
+
+def test_a_sweep_is_not_written_over_another(shared: Path, rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep(shared, rows, seed="0,1") == 2
+    assert f"{shared} is not empty: choose another name= or run_dir=" in capsys.readouterr().err
+
+
+def test_wandbs_file_has_the_axes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", "wandb", "sft", "learning_rate=1e-4,3e-4", "model=glob(qwen3-?b)", "steps=5"]) == 0
+    file = yaml.safe_load(capsys.readouterr().out)
+    assert file["parameters"]["learning_rate"] == {"values": [1e-4, 3e-4]}
+    assert file["parameters"]["model"] == {"values": ["qwen3-4b", "qwen3-8b"]}
+    assert file["command"] == ["${env}", "cook", "sft", "steps=5", "log.wandb=online", "${args_no_hyphens}"]
+    assert file["metric"] == {"name": "eval/held_out/nll", "goal": "minimize"}
+
+
+def test_ranges_and_choices_are_hydras(rows: Path, tmp_path: Path) -> None:
+    assert sweep(tmp_path / "s", rows, "hydra/launcher=shared", seed="range(0,3)", steps=1, save_every=0, eval_every=0) == 0
+    assert len(runs_in(tmp_path / "s")) == 3

@@ -41,6 +41,11 @@ class Job:
     process: subprocess.Popen[bytes] | None = None
 
 
+def out_of(directory: Path) -> Path:
+    """What a job prints, beside its run directory."""
+    return directory.with_name(f"{directory.name}.out")
+
+
 def run_jobs(how: str, jobs: Sequence[Job], at_a_time: int | None) -> None:
     """Run all to their ends; the first Ctrl-C or SIGTERM stops them with a checkpoint each, a second Ctrl-C at once."""
     with _Screen(jobs) as screen, _Stopping(jobs) as stopping:
@@ -89,7 +94,7 @@ def _start(job: Job, gpu: str | None) -> None:
     kind, _, file = recipe.partition("/")
     command = ["run", recipe] if recipe.endswith(".py") else [kind, f"recipe={file}"]
     environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {})}
-    with job.directory.with_suffix(".out").open("wb") as out:
+    with out_of(job.directory).open("wb") as out:
         job.process = subprocess.Popen(
             [sys.executable, "-m", "cookbook.cli", *command, *words, *_config_dir(job)],
             stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment,
@@ -146,7 +151,7 @@ def _run_quietly(job: Job) -> None:
     from cookbook.progress import CONSOLE
 
     job.directory.parent.mkdir(parents=True, exist_ok=True)
-    with job.directory.with_suffix(".out").open("w", encoding="utf-8") as out:
+    with out_of(job.directory).open("w", encoding="utf-8") as out:
         CONSOLE.set(Console(file=out, width=120))
         STOP.set(job.stop)
         try:
@@ -234,7 +239,7 @@ class _Screen:
         self._live = None
 
     def __enter__(self) -> _Screen:
-        self.console.print(f"{len(self.jobs)} jobs in {_short(self.jobs[0].directory.parent)}", highlight=False)
+        self.console.print(f"{len(self.jobs)} jobs in {short(self.jobs[0].directory.parent)}", highlight=False)
         if self.console.is_terminal:
             from rich.live import Live
 
@@ -292,7 +297,7 @@ def final_value(directory: Path, metric: str | None) -> float | None:
     return values[-1] if values else None
 
 
-def _short(path: Path) -> str:
+def short(path: Path) -> str:
     with contextlib.suppress(ValueError):
         return str(path.relative_to(Path.cwd()))
     return str(path)

@@ -13,7 +13,7 @@ from cookbook import records
 from cookbook.charts import colour_class, figure, legend_of, line_chart, page
 from cookbook.progress import duration
 from cookbook.run_reader import FALLING, PastRun, read_run, runs_in
-from cookbook.sweep import has_diverged
+from cookbook.sweep import has_diverged, out_of, short
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,8 +81,6 @@ def _print(
 ) -> None:
     from rich.table import Table
 
-    from cookbook.sweep import _short
-
     table = Table("job", "varied", "state", metric or "", "steps", "time", box=None, pad_edge=False)
     for job in jobs:
         value = "-" if job.value is None else f"{job.value:.4f}"
@@ -93,13 +91,14 @@ def _print(
         table.add_row(path.name.partition("_")[0], " ".join(words), "failed", "-", "0", "-", style="red")
     console.print()
     console.print(table)
-    console.print(f"\nsweep       {_short(directory)}", highlight=False)
-    console.print(f"curves      {_short(directory / 'sweep.html')}", highlight=False)
+    console.print(f"\nsweep       {short(directory)}", highlight=False)
+    console.print(f"curves      {short(directory / 'sweep.html')}", highlight=False)
     if jobs and jobs[0].state == "completed":
-        console.print(f"best        {_short(jobs[0].run.directory)}", highlight=False, soft_wrap=True)
+        console.print(f"best        {short(jobs[0].run.directory)}", highlight=False, soft_wrap=True)
     for path, _ in missing:
-        last = (path.with_suffix(".out").read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
-        console.print(f"failed      {path.name}: {last}", highlight=False, markup=False, soft_wrap=True)
+        out = out_of(path)  # there is none of a job that was never begun
+        last = (out.read_text(errors="replace").strip().splitlines() if out.exists() else []) or ["not begun"]
+        console.print(f"failed      {path.name}: {last[-1]}", highlight=False, markup=False, soft_wrap=True)
 
 
 def sweep_page(title: str, metric: str | None, jobs: list[Ended]) -> str:

@@ -63,7 +63,7 @@ def test_the_summary_has_the_best_job_first(shared: Path, capsys: pytest.Capture
 
 
 def test_each_job_is_a_process_by_default(rows: Path, tmp_path: Path) -> None:
-    assert sweep(tmp_path / "sweep", rows, seed="0,1", steps=2) == 0
+    assert sweep(tmp_path / "sweep", rows, seed="0,1", optim_weight_decay=0.5, steps=2) == 0
     jobs = runs_in(tmp_path / "sweep")
     assert len(jobs) == 2 and all(result(job)["status"] == "completed" for job in jobs)
     assert losses(jobs[0]) != losses(jobs[1])

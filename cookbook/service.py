@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from cookbook import records
 from cookbook.config import EngineConfig, LoraConfig, ModelConfig
 from cookbook.errors import UsageError
-from cookbook.run_reader import run_directories
 
 if TYPE_CHECKING:
     from core import Future, ModelInfo, ServiceClient, TrainingClient
@@ -58,7 +57,8 @@ def adapter_directory(init_from: str) -> Path:
     """The adapter that `init_from` means: a run (its newest checkpoint), a checkpoint's URI in ./runs, or a directory."""
     if init_from.startswith("tinker://"):
         tail = init_from.removeprefix("tinker://")
-        there = (run / "checkpoints" / tail for run in run_directories())
+        stores = (store for place in ("*", "*/*") for store in Path("runs").glob(f"{place}/checkpoints"))  # of sweeps too
+        there = (store / tail for store in stores)
         found = sorted(path for path in there if (path / "adapter_config.json").exists())
         if not found:
             raise UsageError(f"init_from={init_from}: no run under ./runs holds this checkpoint; give its directory")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -15,6 +15,8 @@ dashboard_app = typer.Typer(help="A workspace on W&B with charts for our metrics
 app.add_typer(dashboard_app, name="dashboard")
 
 RunArg = Annotated[str, typer.Argument(help="A run directory, or its name under runs/.", metavar="RUN")]
+CheckpointOption = Annotated[str, typer.Option("--checkpoint", help="newest, best, or a step.", metavar="WHICH")]
+VerifyOption = Annotated[bool, typer.Option("--verify/--no-verify", help="Reload it and compare logprobs.")]
 
 
 @app.command()
@@ -37,6 +39,38 @@ def report(
     from cookbook.report import report
 
     print(report(names, to))
+
+
+@app.command()
+def export(
+    run: RunArg,
+    to: Annotated[Path, typer.Option("--to", help="A new or empty folder.", metavar="DIR")],
+    form: Annotated[Literal["peft", "merged", "gguf"], typer.Option("--format", help="What to write.")] = "peft",
+    checkpoint: CheckpointOption = "newest",
+    quantize: Annotated[Literal["f16", "q8_0"], typer.Option("--quantize", help="Of --format gguf.")] = "f16",
+    verify: VerifyOption = True,
+) -> None:
+    """Take a result away: the adapter, the merged model, or a GGUF file, reloaded and compared before it is kept."""
+    from cookbook.exporting.export import export
+
+    export(run, to, form, console(), checkpoint, quantize, verify)
+
+
+@app.command()
+def push(
+    run: RunArg,
+    repository: Annotated[str, typer.Argument(help="On the hub.", metavar="ORG/NAME")],
+    form: Annotated[Literal["peft", "merged"], typer.Option("--format", help="What to send.")] = "peft",
+    checkpoint: CheckpointOption = "newest",
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see it; else it is private.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Send without asking.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the card and the files; send nothing.")] = False,
+    verify: VerifyOption = True,
+) -> None:
+    """Upload to the Hugging Face hub with a model card; shows what would leave this machine, and asks."""
+    from cookbook.exporting.push import push
+
+    push(run, repository, form, console(), checkpoint, public=public, yes=yes, dry_run=dry_run, verify=verify)
 
 
 @dashboard_app.command("push")

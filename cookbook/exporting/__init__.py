@@ -1,0 +1,1 @@
+"""Taking a result away: adapter, merged model or GGUF file, each reloaded and compared with the engine; and the hub."""

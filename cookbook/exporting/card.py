@@ -121,6 +121,6 @@ def _yaml(values: Mapping[str, Any]) -> str:
 
 def _licence(subject: Subject) -> str:
     return (
-        f"The base model `{_without_folders(subject.model.name)}` has a licence of its own, which binds this one too: read it, and set"
-        " `license:` above, before you make this public. So may the data."
+        f"The base model `{_without_folders(subject.model.name)}` has a licence of its own, which binds this one too: read it,"
+        " and set `license:` above, before you make this public. So may the data."
     )

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cookbook.dpo import Part, Scored, accuracy
-from cookbook.preferences import Rated, TokenSequence
+from cookbook.preferences import Rated, TokenSequence, mismatched
 from core import Datum, ModelInput
 from recipes.dpo import ipo, kto, pairs, simpo
 from tests.tiny import tiny_model_dir
@@ -108,41 +108,88 @@ def test_every_loss_falls_when_the_chosen_reply_becomes_likelier() -> None:
 # ---- TRL's own losses, where the bench group is installed
 
 
-@pytest.mark.parametrize(("kind", "loss"), [("sigmoid", pairs), ("ipo", ipo)])
-def test_dpo_and_ipo_are_trls(kind: str, loss: Any, tmp_path: Path) -> None:
-    """Its trainer's loss on a batch, two random models as policy and reference; ours on these models' logprobs."""
-    pytest.importorskip("trl", reason="TRL is in the bench group: uv sync --group bench")
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import DPOConfig, DPOTrainer
+def policy_and_reference() -> tuple[Any, Any]:
+    """Two random models a little apart."""
+    from transformers import AutoModelForCausalLM
 
     policy, reference = (AutoModelForCausalLM.from_pretrained(tiny_model_dir()) for _ in range(2))
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    return policy, reference
+
+
+def reply_logprobs(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Of a padded batch of TRL's, summed over each reply."""
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    picked = logits.log_softmax(-1).gather(2, batch["input_ids"][:, 1:, None]).squeeze(2)
+    return (picked * batch["completion_mask"][:, 1:]).sum(1)
+
+
+def trl_trainer(name: str, directory: Path, rows: list[dict[str, Any]], **values: Any) -> Any:
+    """Its trainer, with two models of `policy_and_reference`: `model` and `ref_model`."""
+    trl = pytest.importorskip("trl", reason="TRL is in the bench group: uv sync --group bench")
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    values |= {"per_device_train_batch_size": len(rows), "report_to": "none", "use_cpu": True, "bf16": False}
+    arguments = getattr(trl, f"{name}Config")(str(directory), beta=0.3, **values)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir())
+    data = Dataset.from_list(rows)
+    trainer = getattr(trl, f"{name}Trainer")(*policy_and_reference(), arguments, train_dataset=data, processing_class=tokenizer)
+    trainer.model.eval()
+    return trainer
+
+
+@pytest.mark.parametrize(("kind", "loss"), [("sigmoid", pairs), ("ipo", ipo)])
+def test_dpo_and_ipo_are_trls(kind: str, loss: Any, tmp_path: Path) -> None:
+    """Its trainer's loss on a batch, two random models as policy and reference; ours on these models' logprobs."""
     rows = [{"prompt": f"say {i}", "chosen": " yes" * (1 + i), "rejected": " no" * (4 - i)} for i in range(4)]
-    arguments = DPOConfig(
-        str(tmp_path), loss_type=[kind], beta=0.3, per_device_train_batch_size=4, report_to="none", use_cpu=True, bf16=False
-    )
-    trainer = DPOTrainer(
-        policy, reference, arguments, train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(tiny_model_dir()),
-    )  # fmt: skip
-    policy.eval()
+    trainer = trl_trainer("DPO", tmp_path, rows, loss_type=[kind])
     batch = next(iter(trainer.get_train_dataloader()))
-    theirs = float(trainer.compute_loss(policy, dict(batch)))
-
-    def summed(model: torch.nn.Module) -> torch.Tensor:
-        with torch.no_grad():
-            logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-        picked = logits.log_softmax(-1).gather(2, batch["input_ids"][:, 1:, None]).squeeze(2)
-        return (picked * batch["completion_mask"][:, 1:]).sum(1)
-
-    halves = [half.tolist() for half in torch.arange(8).chunk(2)]  # chosen first, then rejected
-    order = [i for couple in zip(*halves, strict=True) for i in couple]
+    order = torch.arange(8).view(2, 4).T.flatten()  # chosen, rejected, chosen, ...; there the chosen come first
+    with torch.no_grad():
+        theirs = float(trainer.compute_loss(trainer.model, dict(batch)))
+        now, then = (reply_logprobs(model, batch)[order] for model in (trainer.model, trainer.ref_model))
     lengths = batch["completion_mask"].sum(1)[order].tolist()
-    ours = loss.score(loss.Config(beta=0.3), part([None] * 4, summed(reference)[order], lengths), summed(policy)[order])
+    ours = loss.score(loss.Config(beta=0.3), part([None] * 4, then, lengths), now)
     assert float(ours.loss.mean()) == pytest.approx(theirs, rel=1e-5)
+
+
+def test_kto_is_trls_and_so_is_its_gradient(tmp_path: Path) -> None:
+    """With z of our own mismatched replies: TRL takes that of the row before, we that of the row after, hence the order."""
+    from array import array
+
+    weights = {"desirable_weight": 1.5, "undesirable_weight": 0.5}
+    wanted = [True, False, False, True, False]
+    rows = [{"prompt": f"say {i}", "completion": " yes" * (1 + i), "label": label} for i, label in enumerate(wanted)]
+    trainer = trl_trainer("KTO", tmp_path, rows, **weights)
+    policy, reference = trainer.model, trainer.ref_model
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in reversed(range(5))])
+    theirs = trainer.compute_loss(policy, dict(batch))
+    gradients = torch.autograd.grad(theirs, list(policy.parameters()))
+
+    replies = []
+    for tokens, length, mask in zip(batch["input_ids"], batch["attention_mask"].sum(1), batch["completion_mask"], strict=True):
+        replies.append(TokenSequence("row", array("i", tokens[:length].tolist()), array("f", mask[:length].tolist())))
+    units = [Rated("row", "", reply, bool(label)) for reply, label in zip(replies, batch["label"], strict=True)]
+    others = mismatched(replies, 64)
+    with torch.no_grad():
+        apart = [datum_logprob(policy, other) - datum_logprob(reference, other) for other in others]
+        distance = float(torch.stack(apart).mean())
+        then = reply_logprobs(reference, batch)
+    assert distance > 0  # not cut off
+    now = reply_logprobs(policy, batch)
+    ours = kto.score(kto.Config(beta=0.3, **weights), 0.3 * distance, Part(units, others, then), now).loss.mean()
+    assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
+    for mine, its in zip(torch.autograd.grad(ours, list(policy.parameters())), gradients, strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-6)
+
+
+def datum_logprob(model: Any, datum: Datum) -> torch.Tensor:
+    logits = model(torch.tensor([datum.model_input.to_ints()])).logits[0]
+    targets, weights = (torch.as_tensor(datum.loss_fn_inputs[key]) for key in ("target_tokens", "weights"))
+    return (logits.log_softmax(-1).gather(1, targets.long()[:, None]).squeeze(1) * weights).sum()
 
 
 def test_simpo_is_trls() -> None:

@@ -14,8 +14,12 @@ app = typer.Typer()
 dashboard_app = typer.Typer(help="A workspace on W&B with charts for our metrics.", no_args_is_help=True)
 app.add_typer(dashboard_app, name="dashboard")
 
+Target = Annotated[
+    str, typer.Argument(help="A run, a tinker:// URI, an adapter directory, or model=NAME.", metavar="RUN")
+]
+Checkpoint = Annotated[str, typer.Option("--checkpoint", help="newest, best, or a step.", metavar="WHICH")]
+System = Annotated[str | None, typer.Option("--system", help="The system message.")]
 RunArg = Annotated[str, typer.Argument(help="A run directory, or its name under runs/.", metavar="RUN")]
-CheckpointOption = Annotated[str, typer.Option("--checkpoint", help="newest, best, or a step.", metavar="WHICH")]
 VerifyOption = Annotated[bool, typer.Option("--verify/--no-verify", help="Reload it and compare logprobs.")]
 
 
@@ -46,7 +50,7 @@ def export(
     run: RunArg,
     to: Annotated[Path, typer.Option("--to", help="A new or empty folder.", metavar="DIR")],
     form: Annotated[Literal["peft", "merged", "gguf"], typer.Option("--format", help="What to write.")] = "peft",
-    checkpoint: CheckpointOption = "newest",
+    checkpoint: Checkpoint = "newest",
     quantize: Annotated[Literal["f16", "q8_0"], typer.Option("--quantize", help="Of --format gguf.")] = "f16",
     verify: VerifyOption = True,
 ) -> None:
@@ -61,7 +65,7 @@ def push(
     run: RunArg,
     repository: Annotated[str, typer.Argument(help="On the hub.", metavar="ORG/NAME")],
     form: Annotated[Literal["peft", "merged"], typer.Option("--format", help="What to send.")] = "peft",
-    checkpoint: CheckpointOption = "newest",
+    checkpoint: Checkpoint = "newest",
     public: Annotated[bool, typer.Option("--public", help="Let everybody see it; else it is private.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Send without asking.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the card and the files; send nothing.")] = False,
@@ -71,6 +75,43 @@ def push(
     from cookbook.exporting.push import push
 
     push(run, repository, form, console(), checkpoint, public=public, yes=yes, dry_run=dry_run, verify=verify)
+
+
+@app.command()
+def chat(
+    run: Target,
+    checkpoint: Checkpoint = "newest",
+    base: Annotated[bool, typer.Option("--base", help="The base model answers too, below.")] = False,
+    system: System = None,
+    temperature: Annotated[float, typer.Option("--temperature", help="0: the likeliest token.")] = 0.7,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Of one reply.")] = 512,
+) -> None:
+    """Talk to a run's policy; it may use the tools of the run's env. Ctrl-D leaves."""
+    from cookbook.chat import chat
+
+    chat(run, checkpoint, base, system, temperature, max_tokens, console())
+
+
+@app.command()
+def sample(
+    run: Target,
+    prompt: Annotated[str, typer.Argument(help="The message, or - to read it from stdin.", metavar="PROMPT")],
+    number: Annotated[int, typer.Option("--number", "-n", help="How many replies.", min=1)] = 1,
+    temperature: Annotated[float, typer.Option("--temperature", help="0: the likeliest token.", min=0)] = 1.0,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Of one reply.", min=1)] = 256,
+    raw: Annotated[bool, typer.Option("--raw", help="Go on from the text, without a chat template.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="A JSON list.")] = False,
+    seed: Annotated[int | None, typer.Option("--seed", help="The same replies again.")] = None,
+    checkpoint: Checkpoint = "newest",
+    system: System = None,
+) -> None:
+    """Print replies to one prompt: cook sample RUN "What is 3 + 4?" -n 4"""
+    from cookbook.sample import sample
+
+    sample(
+        run, prompt, checkpoint, number=number, temperature=temperature, max_tokens=max_tokens, raw=raw, system=system,
+        seed=seed, as_json=json, notes=console(stderr=True),
+    )  # fmt: skip
 
 
 @dashboard_app.command("push")
@@ -84,7 +125,7 @@ def dashboard_push(
     push(entity, project, console())
 
 
-def console() -> Console:
+def console(stderr: bool = False) -> Console:
     from rich.console import Console
 
-    return Console()
+    return Console(stderr=stderr)

@@ -38,7 +38,7 @@ compdef _cook cook
 """
 _FISH = "complete -c cook -f -a '(cook _complete fish (commandline -cp) 2>/dev/null)'\n"
 ON_SEVERAL_RUNS = ("report",)
-ON_RUNS = (*ON_SEVERAL_RUNS, "export", "push")  # commands of cli_runs.py that take a run
+ON_RUNS = (*ON_SEVERAL_RUNS, "chat", "sample", "eval", "generate", "export", "push")  # commands of cli_runs.py that take a run
 SCRIPTS = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
 
 

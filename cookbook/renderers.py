@@ -117,6 +117,12 @@ class Renderer:
         """Raw text and an end-of-text token; every token but the first is trained."""
         return self.build_completion_example("", text)
 
+    def build_completion_prompt(self, prompt: str) -> ModelInput:
+        """The tokens of a raw text without template, to be gone on from; the reply ends with `end_of_text`."""
+        from core import ModelInput
+
+        return ModelInput.from_ints(self._raw(prompt))
+
     def parse_response(self, tokens: Sequence[int]) -> tuple[dict[str, Json], Ended]:
         """The message of sampled `tokens` and how it ended; a malformed reply keeps its whole text as content."""
         end = next((index for index, token in enumerate(tokens) if token in self.stop), len(tokens))

@@ -23,6 +23,7 @@ from cookbook import event_loop
 from cookbook.env_drive import settled
 from cookbook.errors import UsageError
 from cookbook.keys import did_you_mean
+from cookbook.tool_calls import Calls, answer, calls_of
 from cookbook.tool_prompt import told_of_tools
 from cookbook.trajectories import Ended, Trajectory, Transition
 from core import Future, ModelInput, SampleResponse, SamplingParams
@@ -35,7 +36,6 @@ T = TypeVar("T")
 Seed: TypeAlias = tuple[int | str, ...]  # what the sampling of a run, a step, a problem ... is derived from
 
 ON_ERROR = ("drop", "zero")
-CALL_MARKS = ("<tool_call>", '"parameters"')  # what a reply has whose tool call is malformed
 QUIET_SECONDS = 0.1  # no reset has ended for so long: the others are slow, or wait for another seat's move
 CLOSE_SECONDS = 10.0
 SETTLING_TURNS = 4  # of the event loop, in which an attempt that is ready comes to its request
@@ -154,8 +154,8 @@ class Attempt:
         else:
             self._observation = self._render()
 
-    async def _reply(self, observation: ModelInput, max_tokens: int) -> tuple[Message, list[Message | None] | None]:
-        """The policy's message, and the tool calls in it (None among them: one that cannot be read) if it has any."""
+    async def _reply(self, observation: ModelInput, max_tokens: int) -> tuple[Message, Calls]:
+        """The policy's message, and the tool calls in it if it has any."""
         turn = len(self.trajectory.transitions)
         params = replace(self._params, max_tokens=max_tokens, seed=seed_of(*self._seed, turn))
         try:
@@ -163,13 +163,9 @@ class Attempt:
         except Exception as error:
             raise SamplingFailed from error
         message, ended = self._renderer.parse_response(sampled.tokens)
-        calls: list[Message | None] | None = None
         as_text = {"role": "assistant", "content": self._text(sampled.tokens)}
-        if self._env.tools and ended == "stop" and message.get("tool_calls"):
-            calls = list(message["tool_calls"])
-        elif self._env.tools and ended == "malformed" and any(mark in message["content"] for mark in CALL_MARKS):
-            calls = [None]
-        elif message.get("tool_calls"):  # cut short, or there are no tools: it is but text
+        calls = calls_of(message, ended) if self._env.tools else None
+        if calls is None and message.get("tool_calls"):  # cut short, or there are no tools: it is but text
             message = as_text
         self.trajectory.transitions.append(Transition(observation, list(sampled.tokens), list(sampled.logprobs), ended))
         self.trajectory.messages.append(message)
@@ -200,23 +196,13 @@ class Attempt:
         return int(min(rooms[tightest], self._params.max_tokens))
 
     async def _answer(self, call: Message | None) -> Message:
-        from envs import tools
-
         self._num_calls += 1
         self._count("tool_calls")
-        if call is None:
+        message, error = await self._in_env(answer(self._env.tools, call))
+        if error is not None:
             self._count("tool_errors")
-            self._count("tool_errors/malformed")
-            expected = 'expected <tool_call>{"name": ..., "arguments": {...}}</tool_call>'
-            return {"role": "tool", "content": f"error: the tool call cannot be read; {expected}"}
-        function = call["function"]
-        try:
-            text = await self._in_env(tools.call(self._env.tools, function["name"], function["arguments"]))
-        except tools.ToolError as error:
-            self._count("tool_errors")
-            self._count(f"tool_errors/{error.kind}")
-            text = f"error: {error}"
-        return {"role": "tool", "name": function["name"], "content": text}
+            self._count(f"tool_errors/{error}")
+        return message
 
     def _render(self) -> ModelInput:
         return self._renderer.build_generation_prompt(self._conversation, self._schemas)

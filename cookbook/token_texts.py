@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 PART = "\ufffd"  # what decoders write for bytes that are no whole character
 LONGEST = 8  # tokens that one character may take
@@ -20,7 +20,13 @@ class TokenTexts:
         self._known: dict[int, str] = {}
 
     def __call__(self, tokens: Sequence[int]) -> list[str]:
-        texts: list[str] = []
+        texts = list(self.pieces(tokens))
+        if len(texts) > len(tokens):
+            texts[-2:] = [texts[-1]]
+        return texts
+
+    def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
+        """The same for tokens that are still coming, and a last piece where they end inside a character."""
         waiting: list[int] = []  # tokens of a character that is not whole yet
         for token in tokens:
             text = self._alone(token)
@@ -31,10 +37,9 @@ class TokenTexts:
                     text = ""
                 else:
                     waiting = []
-            texts.append(text)
+            yield text
         if waiting:
-            texts[-1] = self._decode(waiting)
-        return texts
+            yield self._decode(waiting)
 
     def _alone(self, token: int) -> str:
         """As it stands after another token: some tokenizers drop the space of the first one."""

@@ -14,10 +14,9 @@ app = typer.Typer()
 dashboard_app = typer.Typer(help="A workspace on W&B with charts for our metrics.", no_args_is_help=True)
 app.add_typer(dashboard_app, name="dashboard")
 
-Target = Annotated[
-    str, typer.Argument(help="A run, a tinker:// URI, an adapter directory, or model=NAME.", metavar="RUN")
-]
+Target = Annotated[str, typer.Argument(help="A run, a tinker:// URI, an adapter directory, or model=NAME.", metavar="RUN")]
 Checkpoint = Annotated[str, typer.Option("--checkpoint", help="newest, best, or a step.", metavar="WHICH")]
+WORDS = "KEY=VALUE..."
 System = Annotated[str | None, typer.Option("--system", help="The system message.")]
 RunArg = Annotated[str, typer.Argument(help="A run directory, or its name under runs/.", metavar="RUN")]
 VerifyOption = Annotated[bool, typer.Option("--verify/--no-verify", help="Reload it and compare logprobs.")]
@@ -112,6 +111,46 @@ def sample(
         run, prompt, checkpoint, number=number, temperature=temperature, max_tokens=max_tokens, raw=raw, system=system,
         seed=seed, as_json=json, notes=console(stderr=True),
     )  # fmt: skip
+
+
+@app.command(name="eval")
+def evaluate(
+    run: Target,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="On what: env=gsm8k, data=rows.jsonl ...", metavar=WORDS)
+    ] = None,
+    checkpoint: Checkpoint = "newest",
+    against: Annotated[str | None, typer.Option("--against", help="base, or another RUN: compared item by item.")] = None,
+    problems: Annotated[int, typer.Option("--problems", help="Of an env.", min=1)] = 64,
+    samples: Annotated[int, typer.Option("--samples", help="Attempts at each; from 2 on with pass@k.", min=1)] = 1,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", help="0 for one sample, 1 for several, unless told.", min=0)
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Of a reply; else as in the run.", min=1)] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of sampling.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="JSON in place of the table.")] = False,
+    to: Annotated[Path | None, typer.Option("--to", help="In place of RUN/evals/<time>.json.", metavar="FILE")] = None,
+) -> None:
+    """Measure a run with confidence intervals: its held-out rows or problems, or env=... or data=... given here."""
+    from cookbook.evaluate import evaluate
+    from cookbook.measures import Choice
+
+    choice = Choice(problems, samples, temperature, max_tokens, seed)
+    evaluate(run, overrides or [], checkpoint, choice, console(stderr=json), against=against, as_json=json, to=to)
+
+
+@app.command()
+def generate(
+    run: Target,
+    overrides: Annotated[
+        list[str], typer.Argument(help="data=prompts.jsonl n=8 keep=best reward=my.py:score to=FILE ...", metavar=WORDS)
+    ],
+    checkpoint: Checkpoint = "newest",
+) -> None:
+    """Write replies to many prompts, the best of n by a reward, as rows for cook sft; goes on where it was stopped."""
+    from cookbook.generate import generate
+
+    generate(run, overrides, checkpoint, console())
 
 
 @dashboard_app.command("push")

@@ -58,7 +58,7 @@ class Reward:
 
 
 class PromptEnv(Env):
-    """One reply to one prompt; its reward is the weighted sum of what the reward functions say."""
+    """One reply to one prompt; its reward is the weighted sum of what the reward functions say, 0 where there are none."""
 
     def __init__(self, prompt: Prompt, rewards: Sequence[Reward]) -> None:
         self.prompt, self.rewards = prompt, rewards
@@ -69,7 +69,7 @@ class PromptEnv(Env):
     async def step(self, reply: Message) -> StepResult:
         scores = await asyncio.gather(*(reward.score(self.prompt, reply) for reward in self.rewards))
         said = [(reward, score) for reward, score in zip(self.rewards, scores, strict=True) if score is not None]
-        if not said:
+        if self.rewards and not said:
             names = ", ".join(reward.name for reward in self.rewards)
             raise RewardError(f"{self.prompt.label}: no reward for this reply; None came from {names}")
         total = sum(reward.weight * score for reward, score in said)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cookbook.config import ModelConfig
 from cookbook.errors import UsageError
-from cookbook.run_reader import PastRun, read_run
-from cookbook.service import adapter_directory
+from cookbook.past_policy import find_policy
+from cookbook.run_reader import PastRun
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -31,42 +30,10 @@ class Subject:
 
 def find_subject(target: str, checkpoint: str = "newest") -> Subject:
     """The adapter of a run (its newest, best or given checkpoint), of a tinker:// URI, or of an adapter directory."""
-    if target.startswith("tinker://"):
-        adapter = adapter_directory(target).absolute()
-    elif (Path(target) / "adapter_config.json").is_file():
-        adapter = Path(target).absolute()
-    else:
-        run = read_run(target)
-        return _of_run(run, run.adapter(_which(checkpoint)))
-    directory = next((parent for parent in adapter.parents if (parent / "checkpoints.jsonl").is_file()), None)
-    if directory is not None:
-        return _of_run(read_run(directory), adapter)
-    from core import checkpoints
-
-    try:
-        return Subject(target, ModelConfig(name=checkpoints.read_base_model(adapter)), adapter)
-    except ValueError as error:
-        raise UsageError(" ".join(str(error).split())) from error
-
-
-def _which(checkpoint: str):
-    if checkpoint in ("newest", "best"):
-        return checkpoint
-    if not checkpoint.isdigit():
-        raise UsageError(f"--checkpoint {checkpoint}: expected newest, best, or the step of a checkpoint")
-    return int(checkpoint)
-
-
-def _of_run(run: PastRun, adapter: Path) -> Subject:
-    section = run.config.get("model")
-    known = {field.name for field in fields(ModelConfig)}
-    values = {key: value for key, value in section.items() if key in known} if isinstance(section, Mapping) else {}
-    if not values.get("name"):
-        raise UsageError(f"{run.name}: its config.yaml names no model, so there is no base to add its adapter to")
-    rows = ((row["step"], run.directory / str(row["path"])) for row in run.checkpoints)
-    step = next((step for step, path in rows if path.resolve() == adapter.resolve()), None)
-    going = " of a run still going" if run.state == "running" else ""
-    return Subject(f"{run.name}, step {step}{going}", ModelConfig(**values), adapter, run, step)
+    found = find_policy(target, checkpoint)
+    if found.adapter is None:
+        raise UsageError(f"{target}: a base model has no adapter to take away; name a run, a tinker:// URI, an adapter")
+    return Subject(found.name, found.model, found.adapter, found.run, found.step)
 
 
 def base_directory(name: str) -> Path:

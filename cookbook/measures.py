@@ -1,0 +1,230 @@
+"""What `cook eval` measures: NLL of rows, preference of pairs, rewards of an env or of prompts of one's own."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from cookbook import records
+from cookbook.compose import compose, recompose
+from cookbook.errors import UsageError
+from cookbook.estimates import Item
+from cookbook.overrides import key_of, spelt_out
+from cookbook.past_policy import PastPolicy
+from cookbook.rollout_log import row as attempt_row
+from cookbook.rollout_metrics import env_metrics, pass_metrics
+from cookbook.rollouts import Limits, Rollouts
+from core import Datum, SamplingParams
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from envs.env import Problem
+
+SCORED = ("env", "reward", "rewards", "judge")  # words that choose something to sample and score
+READ = ("data", "max_length")  # words that choose rows to read
+COMPARED = ("reward", "correct")  # figures of a problem, beside pass@k
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the command line says beside the words. `max_tokens` None: as the run has it."""
+
+    problems: int = 64
+    samples: int = 1
+    temperature: float | None = None  # None: 0 for one sample, 1 for several
+    max_tokens: int | None = None
+    seed: int = 0
+
+    def check(self) -> None:
+        if self.samples > 1 and self.temperature == 0:
+            raise UsageError(f"--samples {self.samples} would all be the same at --temperature 0: leave it out, or 1")
+
+    @property
+    def params(self) -> SamplingParams:
+        temperature = float(self.samples > 1) if self.temperature is None else self.temperature
+        return SamplingParams(max_tokens=self.max_tokens, temperature=temperature)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Items of each figure, in the same order for every policy, and the attempts behind them if any."""
+
+    items: dict[str, list[Item]]
+    attempts: list[records.Row] = field(default_factory=list)
+
+
+class Measure(ABC):
+    @abstractmethod
+    def __call__(self, policy: PastPolicy) -> Measured: ...
+
+
+@dataclass
+class RowLoss(Measure):
+    """NLL per trained token, an item per sequence. `read` renders the rows for a policy's template."""
+
+    name: str
+    read: Callable[[PastPolicy], Sequence[Datum]]
+    _tokens: list[list[int]] | None = None  # of the first policy
+
+    def __call__(self, policy: PastPolicy) -> Measured:
+        data = self.read(policy)
+        tokens = [datum.model_input.to_ints() for datum in data]
+        if self._tokens is not None and tokens != self._tokens:
+            raise UsageError(f"{policy.name} reads these rows as other tokens: an NLL per token cannot be compared with it")
+        self._tokens = tokens
+        items = []
+        for datum, logprobs in zip(data, _logprobs(policy, data), strict=True):
+            weights = datum.loss_fn_inputs["weights"]
+            items.append((-float((weights * logprobs).sum()), float(weights.sum())))
+        return Measured({f"{self.name}/nll": items})
+
+
+@dataclass
+class PairPreference(Measure):
+    """Whether the policy prefers the chosen reply more than the model it started from does; the margin in nats."""
+
+    read: Callable[[PastPolicy], Sequence[Datum]]  # chosen, rejected, chosen, ...
+    origin: Callable[[PastPolicy], PastPolicy]
+
+    def __call__(self, policy: PastPolicy) -> Measured:
+        data = self.read(policy)
+        sums = self._margins(policy, data)
+        margins = [mine - before for mine, before in zip(sums, self._margins(self.origin(policy), data), strict=True)]
+        accuracy = [(0.5 if abs(margin) < 1e-6 else float(margin > 0), 1.0) for margin in margins]
+        return Measured({"held_out/accuracy": accuracy, "held_out/margin_nats": [(margin, 1.0) for margin in margins]})
+
+    def _margins(self, policy: PastPolicy, data: Sequence[Datum]) -> list[float]:
+        sums = [
+            float((datum.loss_fn_inputs["weights"] * logprobs).sum())
+            for datum, logprobs in zip(data, _logprobs(policy, data), strict=True)
+        ]
+        return [chosen - rejected for chosen, rejected in zip(sums[::2], sums[1::2], strict=True)]
+
+
+@dataclass
+class EnvScore(Measure):
+    """Attempts at problems, an item per problem: reward, correct, pass@k. A failed attempt counts as 0."""
+
+    name: str
+    problems: Callable[[], Iterator[Problem]]
+    choice: Choice
+    limits: Limits
+    say: Callable[[str], None]
+
+    def __call__(self, policy: PastPolicy) -> Measured:
+        problems = list(itertools.islice(self.problems(), self.choice.problems))
+        limits = replace(self.limits, on_error="zero", context=min(self.limits.context or policy.context, policy.context))
+        if (self.choice.max_tokens or 0) >= (limits.context or 0):
+            raise UsageError(f"--max-tokens {self.choice.max_tokens} leaves no room for a prompt in {limits.context} tokens")
+        params = replace(self.choice.params, stop=policy.renderer.stop)
+        runner = Rollouts(policy.renderer, params, limits)
+        groups = runner.run(problems, policy.sampler, self.choice.samples, (self.choice.seed, "cook eval"))
+        failed = [t.error for group in groups for t in group.trajectories if t.error]
+        if failed:
+            self.say(f"{len(failed)} attempts failed and count as 0, the first: {failed[0]}")
+        figures = [env_metrics([group]) | pass_metrics([group]) for group in groups]
+        names = [key for key in dict.fromkeys(key for f in figures for key in f) if key in COMPARED or key.startswith("pass@")]
+        items = {f"{self.name}/{key}": [(f.get(key, 0.0), 1.0) for f in figures] for key in names}
+        attempts = [attempt_row(group, trajectory) for group in groups for trajectory in group.trajectories]
+        return Measured(items, [{"policy": policy.name, **row} for row in attempts])
+
+
+def measures_of(policy: PastPolicy, words: Sequence[str], choice: Choice, say: Callable[[str], None]) -> Iterator[Measure]:
+    """Those that the words choose; without words, what the run itself was evaluated on."""
+    keys = {key_of(word).partition(".")[0] for word in spelt_out(list(words))}
+    if unknown := sorted(keys - {*SCORED, *READ, "limits"}):
+        raise UsageError(f"{unknown[0]}=...: cook eval takes {', '.join((*SCORED, *READ))} and options (--help)")
+    if keys & set(SCORED):
+        yield _scored(compose("rl", list(words)).config, choice, say)
+    elif keys:
+        config = compose("sft", list(words)).config
+        yield RowLoss(config.data.name, lambda one: _every_row(config, one))
+    elif policy.run is None:
+        raise UsageError(f"{policy.name} is no run with data of its own: say on what, env=arithmetic or data=rows.jsonl")
+    else:
+        yield from _of_run(policy, choice, say)
+
+
+def _of_run(policy: PastPolicy, choice: Choice, say: Callable[[str], None]) -> Iterator[Measure]:
+    past = policy.run
+    assert past is not None
+    config = recompose(past.recipe, past.config, []).config
+    kind = past.recipe.partition("/")[0]
+    if kind == "rl":
+        yield _scored(config, choice, say)
+    elif kind in ("sft", "dpo"):
+        if config.data.eval_rows:
+            yield _rows_of_run(kind, config)
+        if config.eval.env:
+            yield _scored_env(config.eval.env, replace(choice, max_tokens=choice.max_tokens or config.eval.max_tokens), say)
+        elif not config.data.eval_rows:
+            raise UsageError(f"{past.name} held no rows out (data.eval_rows=0): say on what, env=... or data=rows.jsonl")
+    else:
+        raise UsageError(f"{past.name} comes from a recipe of its own, {past.recipe}: say on what, env=... or data=rows.jsonl")
+
+
+def _rows_of_run(kind: str, config: Any) -> Measure:
+    how = {"seed": config.seed, "batch_size": 1, "max_length": config.max_length}
+    if kind == "sft":
+        from cookbook.data import load_supervised
+
+        return RowLoss("held_out", lambda policy: load_supervised(config.data, policy.renderer, **how).held_out)
+    from cookbook.preferences import load_pairs
+
+    def read(policy: PastPolicy) -> Sequence[Datum]:
+        pairs = load_pairs(config.data, policy.renderer, **how).held_out
+        return [sequence.datum() for pair in pairs for sequence in pair.sequences]
+
+    def origin(policy: PastPolicy) -> PastPolicy:
+        from cookbook.past_policy import open_policy
+
+        return open_policy(config.init_from, service=policy.service) if config.init_from else policy.base()
+
+    return PairPreference(read, origin)
+
+
+def _scored(config: Any, choice: Choice, say: Callable[[str], None]) -> Measure:
+    """The env, or the prompts with rewards, of an RL Config."""
+    from cookbook.environments import problems_of
+    from cookbook.rl import eval_name
+
+    choice = replace(choice, max_tokens=choice.max_tokens or config.max_tokens)
+    return EnvScore(eval_name(config), lambda: problems_of(config, "eval"), choice, config.limits, say)
+
+
+def _scored_env(env: dict[str, Any], choice: Choice, say: Callable[[str], None]) -> Measure:
+    from cookbook.environments import problem_stream
+
+    return EnvScore(str(env["name"]), lambda: problem_stream(env, "eval", choice.seed), choice, Limits(), say)
+
+
+def _every_row(config: Any, policy: PastPolicy) -> Sequence[Datum]:
+    """All usable rows of a file or a set that one names, held out or not."""
+    from cookbook.data import prepare
+    from cookbook.row_report import RowReport
+
+    read, name = prepare(config.data, policy.renderer, min(config.max_length, policy.context))
+    report = RowReport(name)
+    data = [sequence.datum() for row in read(report) for sequence in row]
+    report.refuse_bad(config.data.max_bad)
+    return data
+
+
+def _logprobs(policy: PastPolicy, data: Sequence[Datum]) -> list[Tensor]:
+    """Of each token where a weight is not 0 [N]."""
+    trainer = policy.trainer()
+    try:
+        output = trainer.forward(list(data), "cross_entropy", logprobs="weighted").result()
+    except (ValueError, FloatingPointError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    finally:
+        trainer.close()
+    logprobs = [one["logprobs"] for one in output.loss_fn_outputs]
+    if not all(math.isfinite(float(one.sum())) for one in logprobs):
+        raise UsageError(f"{policy.name} gives logprobs that are no numbers: the run diverged; try --checkpoint best")
+    return logprobs

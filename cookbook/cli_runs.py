@@ -128,6 +128,7 @@ def evaluate(
     ] = None,
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Of a reply; else as in the run.", min=1)] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of sampling.")] = 0,
+    inspect: Annotated[str | None, typer.Option("--inspect", help="A task of inspect-ai.", metavar="FILE@TASK")] = None,
     json: Annotated[bool, typer.Option("--json", help="JSON in place of the table.")] = False,
     to: Annotated[Path | None, typer.Option("--to", help="In place of RUN/evals/<time>.json.", metavar="FILE")] = None,
 ) -> None:
@@ -136,7 +137,8 @@ def evaluate(
     from cookbook.measures import Choice
 
     choice = Choice(problems, samples, temperature, max_tokens, seed)
-    evaluate(run, overrides or [], checkpoint, choice, console(stderr=json), against=against, as_json=json, to=to)
+    screen = console(stderr=json)
+    evaluate(run, overrides or [], checkpoint, choice, screen, against=against, inspect=inspect, as_json=json, to=to)
 
 
 @app.command()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cookbook import records
 from cookbook.errors import UsageError
 from cookbook.estimates import Difference, Estimate, Item, difference, estimate
-from cookbook.measures import Choice, Measured, measures_of
+from cookbook.measures import Choice, InspectTask, Measured, measures_of
 from cookbook.past_policy import PastPolicy, find_policy, open_policy
 
 if TYPE_CHECKING:
@@ -34,10 +34,12 @@ class Row:
 
 def evaluate(
     target: str, words: Sequence[str], checkpoint: str, choice: Choice, console: Console, *, against: str | None = None,
-    as_json: bool = False, to: Path | None = None,
+    inspect: str | None = None, as_json: bool = False, to: Path | None = None,
 ) -> None:  # fmt: skip
     """Print a table (or JSON) and leave <run>/evals/<time>.json, or `to`; the base model leaves a file only there."""
     choice.check()
+    if inspect and words:
+        raise UsageError(f"--inspect {inspect} and {words[0]}: one at a time")
     found = find_policy(target, checkpoint)
     if to is not None and to.exists():
         raise UsageError(f"--to {to} exists already: name another file")
@@ -51,7 +53,8 @@ def evaluate(
     rows: list[Row] = []
     items: dict[str, dict[str, list[Item]]] = {}
     attempts: list[records.Row] = []
-    for measure in measures_of(policy, words, choice, say):
+    logs = (found.run.directory / "evals" if found.run else to.parent if to else Path()) / "inspect"
+    for measure in [InspectTask(inspect, choice, logs, say)] if inspect else measures_of(policy, words, choice, say):
         mine = measure(policy)
         theirs = measure(other) if other else None
         attempts += mine.attempts
@@ -117,23 +120,21 @@ def _place(run: Path, step: int | None) -> Path:
 def _table(rows: Sequence[Row], other: PastPolicy | None) -> Table:
     from rich.table import Table
 
-    table = Table("metric", box=None, pad_edge=False)
-    for name in ("value", "95 %", *(("against", "difference", "95 %", "higher/lower") if other else ()), "items"):
-        table.add_column(name, justify="right")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("metric", no_wrap=True)
+    for name in ("value (95 %)", *(("against", "difference (95 %)") if other else ()), "items"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        cells = [row.name, _number(row.estimate.value), _interval(row.estimate)]
-        if other and row.other and row.difference:
-            d = row.difference
-            cells += [_number(row.other.value), f"{d.value:+.4g}", _interval(d, "+"), f"{d.higher}/{d.lower}"]
-        elif other:
-            cells += ["", "", "", ""]
+        cells = [row.name, _with_interval(row.estimate)]
+        if other:
+            cells += [
+                f"{row.other.value:.3g}" if row.other else "",
+                _with_interval(row.difference, "+") if row.difference else "",
+            ]
         table.add_row(*cells, str(row.estimate.num_items))
     return table
 
 
-def _number(value: float) -> str:
-    return f"{value:.4g}"
-
-
-def _interval(of: Estimate | Difference, sign: str = "") -> str:
-    return "" if of.low is None else f"{of.low:{sign}.4g} .. {of.high:{sign}.4g}"
+def _with_interval(of: Estimate | Difference, sign: str = "") -> str:
+    interval = "" if of.low is None else f" ({of.low:{sign}.2g}..{of.high:{sign}.2g})"
+    return f"{of.value:{sign}.3g}{interval}"

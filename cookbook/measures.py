@@ -7,6 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cookbook import records
@@ -118,6 +119,7 @@ class EnvScore(Measure):
 
     def __call__(self, policy: PastPolicy) -> Measured:
         problems = list(itertools.islice(self.problems(), self.choice.problems))
+        self.say(f"{policy.name.strip()}: {len(problems)} problems of {self.name}, {self.choice.samples} attempts each")
         limits = replace(self.limits, on_error="zero", context=min(self.limits.context or policy.context, policy.context))
         if (self.choice.max_tokens or 0) >= (limits.context or 0):
             raise UsageError(f"--max-tokens {self.choice.max_tokens} leaves no room for a prompt in {limits.context} tokens")
@@ -132,6 +134,24 @@ class EnvScore(Measure):
         items = {f"{self.name}/{key}": [(f.get(key, 0.0), 1.0) for f in figures] for key in names}
         attempts = [attempt_row(group, trajectory) for group in groups for trajectory in group.trajectories]
         return Measured(items, [{"policy": policy.name, **row} for row in attempts])
+
+
+@dataclass
+class InspectTask(Measure):
+    """A task of inspect-ai, an item per sample and scorer; the mean over its attempts."""
+
+    task: str
+    choice: Choice
+    logs: Path
+    say: Callable[[str], None]
+
+    def __call__(self, policy: PastPolicy) -> Measured:
+        from cookbook.inspect_model import run_task, scores_of
+
+        choice = self.choice
+        log = run_task(self.task, policy, self.logs, limit=choice.problems, samples=choice.samples, params=choice.params)
+        self.say(f"inspect's log: {log.location}")
+        return Measured({f"{log.eval.task}/{name}": items for name, items in scores_of(log).items()})
 
 
 def measures_of(policy: PastPolicy, words: Sequence[str], choice: Choice, say: Callable[[str], None]) -> Iterator[Measure]:

@@ -230,15 +230,22 @@ def test_neither_help_nor_composing_imports_torch() -> None:
         assert in_a_fresh_process(code).splitlines()[-1] == "heavy []", words
 
 
-def test_help_is_there_in_six_tenths_of_a_second() -> None:
-    def seconds() -> float:
-        """Of processor time, which a busy machine does not stretch."""
-        start = os.times()
-        in_a_fresh_process("from cookbook.cli import main; main(['--help'])")
-        end = os.times()
-        return end.children_user + end.children_system - start.children_user - start.children_system
+EMPTY = "import typer; app = typer.Typer(); app.command()(lambda: None); app(['--help'])"
 
-    assert min(seconds() for _ in range(3)) < 0.6
+
+def test_help_is_there_in_six_tenths_of_a_second() -> None:
+    def seconds(code: str) -> float:
+        """Of processor time, the least of three."""
+        tries = []
+        for _ in range(3):
+            start = os.times()
+            in_a_fresh_process(code)
+            end = os.times()
+            tries.append(end.children_user + end.children_system - start.children_user - start.children_system)
+        return min(tries)
+
+    ours = seconds("from cookbook.cli import main; main(['--help'])")
+    assert ours < 0.6 or ours < 1.35 * seconds(EMPTY)  # on a slow or busy machine: little more than Typer itself takes
 
 
 # Completion.

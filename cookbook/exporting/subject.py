@@ -33,7 +33,8 @@ def find_subject(target: str, checkpoint: str = "newest") -> Subject:
     found = find_policy(target, checkpoint)
     if found.adapter is None:
         raise UsageError(f"{target}: a base model has no adapter to take away; name a run, a tinker:// URI, an adapter")
-    return Subject(found.name, found.model, found.adapter, found.run, found.step)
+    name = f"{found.run.name}, step {found.step}" if found.run else found.name
+    return Subject(name, found.model, found.adapter, found.run, found.step)
 
 
 def base_directory(name: str) -> Path:

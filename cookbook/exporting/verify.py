@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +118,10 @@ def load_peft(folder: Path, base: Path) -> tuple[Any, Any]:
     from peft import PeftModel
     from transformers import AutoTokenizer
 
-    return PeftModel.from_pretrained(_model(base), folder).eval(), AutoTokenizer.from_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tied weights: nothing is merged here
+        model = PeftModel.from_pretrained(_model(base), folder).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
 
 
 def load_merged(folder: Path) -> tuple[Any, Any]:

@@ -17,7 +17,7 @@ from cookbook.compose import Composed, plugins_on_path
 from cookbook.errors import UsageError
 from cookbook.keys import group_files
 from cookbook.overrides import key_of, one_line
-from cookbook.run_reader import RUNS
+from cookbook.run_reader import FALLING, RUNS
 
 plugins_on_path()
 
@@ -30,6 +30,7 @@ from hydra.core.plugins import Plugins  # noqa: E402
 from hydra.core.utils import JobReturn, JobStatus  # noqa: E402
 from hydra.errors import HydraException  # noqa: E402
 from hydra.types import HydraContext, RunMode  # noqa: E402
+from omegaconf import open_dict, read_write  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 ComposeJob = Callable[[list[str]], Composed]
 PRIMARY = "cook_sweep"
 SWEPT = re.compile(r"^[+~]*[^=]+=.*(,|\b(choice|range|interval|glob|shuffle|sort|tag)\()")
+DEFAULT_METRIC = {"sft": "eval/held_out/nll", "rl": "env/all/reward", "dpo": "eval/held_out/accuracy"}
 QUIET = ("hydra/hydra_logging=none", "hydra/job_logging=none", "hydra.output_subdir=null", "hydra.job.chdir=false")
 
 
@@ -48,6 +50,11 @@ class Words:
     constant: list[str]  # the same for every job
     swept: list[str]  # several values
     hydra: list[str]  # hydra/launcher=..., hydra.sweeper.n_trials=...
+
+    @property
+    def is_search(self) -> bool:
+        """By a sweeper of a plugin's, in place of Hydra's own grid."""
+        return any(word.startswith("hydra/sweeper=") and word != "hydra/sweeper=basic" for word in self.hydra)
 
 
 def sorted_words(words: Sequence[str]) -> Words:
@@ -74,17 +81,15 @@ class Task:
     constant: list[str]
     directory: Path
     metric: str | None  # what jobs are compared by; None: the metric that rates a run's checkpoints
-    values: list[tuple[Path, list[str]]] = field(default_factory=list)  # of the jobs begun here, what they differ in
+    values: list[tuple[Path, list[str]]] = field(default_factory=list)  # of the jobs begun, what they differ in
 
-    def launch(
-        self, how: str, job_overrides: Sequence[Sequence[str]], first: int, at_a_time: int | None
-    ) -> list[JobReturn]:
+    def launch(self, how: str, job_overrides: Sequence[Sequence[str]], first: int, at_a_time: int | None) -> list[JobReturn]:
         from cookbook import sweep
 
         batch = [[word.lstrip("+") for word in words] for words in job_overrides]
         jobs = [self.job(first + i, words) for i, words in enumerate(batch)]  # all composed before one starts
-        self.values += [(job.directory, job.varied) for job in jobs]
-        sweep.run_jobs(how, jobs, at_a_time)
+        if sweep.run_jobs(how, jobs, at_a_time):
+            raise Stopped
         returns = []
         for job, words in zip(jobs, job_overrides, strict=True):
             value = sweep.final_value(job.directory, self.metric)
@@ -93,6 +98,10 @@ class Task:
             returns.append(returned)
         return returns
 
+    def note(self, varied: Sequence[Sequence[str]], first: int) -> None:
+        """Jobs that begin now, wherever they run."""
+        self.values += [(self.directory / job_name(first + i, words), list(words)) for i, words in enumerate(varied)]
+
     def job(self, number: int, varied: list[str]) -> Any:
         from cookbook.sweep import Job
 
@@ -100,14 +109,20 @@ class Task:
         own = [f"name={directory.name}", f"run_dir={directory}", f"log.group={self.directory.name}"]
         return Job(self.compose([*self.constant, *varied, *own]), directory, varied)
 
-    def __call__(self, config: Any) -> float | None:
-        """A job of another launcher's (joblib, submitit, ray), in a process that it chose."""
+    def __call__(self, _: Any) -> float | None:
+        """A job of another launcher's (joblib, submitit, ray), in a process that it chose. None when the job failed."""
+        from hydra.core.hydra_config import HydraConfig
+
         from cookbook import sweep
 
-        varied = [word.lstrip("+") for word in config.hydra.overrides.task]
-        job = self.job(int(config.hydra.job.num), varied)
-        sweep.run_alone(job)
+        its = HydraConfig.get()
+        job = self.job(int(its.job.num), [word.lstrip("+") for word in its.overrides.task])
+        sweep.run_jobs("shared", [job], 1)
         return sweep.final_value(job.directory, self.metric)
+
+
+class Stopped(Exception):
+    """The jobs were asked to stop: a search is not to begin others."""
 
 
 def multirun(compose: ComposeJob, words: Sequence[str], kind: str, metric: str | None, console: Console) -> int:
@@ -128,24 +143,47 @@ def multirun(compose: ComposeJob, words: Sequence[str], kind: str, metric: str |
         raise UsageError(f"{directory} is not empty: choose another name= or run_dir= for the sweep")
     check_words(compose, constant, parts.swept)
     task = Task(compose, constant, directory, metric)
+    status = 0
     try:
-        _sweep(task, parts)
+        _sweep(task, parts, _direction(kind, metric))
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(one_line(error)) from error
+    except Stopped:
+        pass
+    except (ValueError, RuntimeError) as error:  # of optuna: no job has a value; its grid, after one that failed
+        if not task.values or not parts.is_search:
+            raise
+        console.print(f"the search broke off: {error}", highlight=False, markup=False)
+        status = 1
+    except KeyboardInterrupt:  # at another's launcher, which has ended its jobs
+        status = 130
     jobs = summarise(directory, task.values, metric, console)
     failed = any(job.state == "failed" for job in jobs) or len(jobs) < len(task.values)
-    return 1 if failed else 0
+    return status or (1 if failed else 0)
 
 
-def _sweep(task: Task, parts: Words) -> None:
+def _direction(kind: str, metric: str | None) -> str | None:
+    """Which way a search goes; None where nothing tells."""
+    name = metric or DEFAULT_METRIC.get(kind)
+    return name and ("minimize" if name.rpartition("/")[2] in FALLING else "maximize")
+
+
+def _sweep(task: Task, parts: Words, direction: str | None) -> None:
     chosen = [] if any(word.startswith("hydra/launcher=") for word in parts.hydra) else ["hydra/launcher=process"]
+    if "hydra/sweeper=optuna" in parts.hydra and not any("sweeper.direction=" in word for word in parts.hydra):
+        if direction is None:
+            raise UsageError("hydra/sweeper=optuna: which way? give --metric, or hydra.sweeper.direction=maximize or minimize")
+        chosen.append(f"hydra.sweeper.direction={direction}")
     ConfigStore.instance().store(PRIMARY, {})
     loader = ConfigLoaderImpl(create_config_search_path(None))
-    where = [f"hydra.sweep.dir='{task.directory}'", "hydra.sweep.subdir=jobs/${hydra.job.num}"]
+    where = [f"hydra.sweep.dir='{task.directory}'", "hydra.sweep.subdir=."]
     config = loader.load_configuration(PRIMARY, [*QUIET, *where, *chosen, *parts.hydra], RunMode.MULTIRUN)
+    with read_write(config.hydra), open_dict(config.hydra):
+        config.hydra.launcher = {"_target_": "hydra_plugins.cook_launchers.Noting", "launcher": config.hydra.launcher}
     context = HydraContext(config_loader=loader, callbacks=_no_callbacks(config))
     sweeper = Plugins.instance().instantiate_sweeper(hydra_context=context, task_function=task, config=config)
-    sweeper.sweep([word if word.startswith("+") else f"+{word}" for word in parts.swept])
+    plus = "" if parts.is_search else "+"  # Hydra's own composes each job, and has no schema here
+    sweeper.sweep([plus + word.lstrip("+") for word in parts.swept])
 
 
 def _no_callbacks(config: Any) -> Any:

@@ -46,20 +46,17 @@ def out_of(directory: Path) -> Path:
     return directory.with_name(f"{directory.name}.out")
 
 
-def run_jobs(how: str, jobs: Sequence[Job], at_a_time: int | None) -> None:
-    """Run all to their ends; the first Ctrl-C or SIGTERM stops them with a checkpoint each, a second Ctrl-C at once."""
+def run_jobs(how: str, jobs: Sequence[Job], at_a_time: int | None) -> bool:
+    """Run all to their ends; the first Ctrl-C or SIGTERM stops them with a checkpoint each, a second Ctrl-C at once.
+
+    Whether they were asked to stop.
+    """
     with _Screen(jobs) as screen, _Stopping(jobs) as stopping:
         if how == "shared":
             _run_threads(jobs, at_a_time or len(jobs), stopping, screen)
         else:
             _run_processes(jobs, at_a_time, stopping, screen)
-
-
-def run_alone(job: Job) -> None:
-    """In this process, for a launcher that made it."""
-    from cookbook.launch import launch
-
-    launch(job.composed)
+    return stopping.asked
 
 
 # ---- a process for each
@@ -239,7 +236,8 @@ class _Screen:
         self._live = None
 
     def __enter__(self) -> _Screen:
-        self.console.print(f"{len(self.jobs)} jobs in {short(self.jobs[0].directory.parent)}", highlight=False)
+        jobs = "1 job" if len(self.jobs) == 1 else f"{len(self.jobs)} jobs"
+        self.console.print(f"{jobs} in {short(self.jobs[0].directory.parent)}", highlight=False)
         if self.console.is_terminal:
             from rich.live import Live
 
@@ -287,14 +285,19 @@ def _told(job: Job, run: PastRun | None) -> str:
 
 
 def final_value(directory: Path, metric: str | None) -> float | None:
-    """What a job is compared by: the last value of `metric`, by default of the one that rates its checkpoints."""
+    """What a job is compared by: the last value of `metric`, by default of the one that rates its checkpoints.
+
+    None of a job that failed or has no finite one: a search counts it as failed and goes on.
+    """
     try:
         run = read_run(directory)
     except UsageError:
         return None
+    if run.state == "failed":
+        return None
     name = metric or (run.best_metric or ("", ""))[0]
     values = [row[name] for row in run.metrics() if name in row]
-    return values[-1] if values else None
+    return values[-1] if values and math.isfinite(values[-1]) else None
 
 
 def short(path: Path) -> str:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cookbook.errors import UsageError
-from cookbook.multirun import ComposeJob, axes, check_words, sorted_words
+from cookbook.multirun import DEFAULT_METRIC, ComposeJob, axes, check_words, sorted_words
 from cookbook.run_reader import FALLING
-
-DEFAULT_METRIC = {"sft": "eval/held_out/nll", "rl": "env/all/reward", "dpo": "eval/held_out/accuracy"}
 
 
 def sweep_file(kind: str, words: Sequence[str], metric: str | None, compose: ComposeJob) -> str:

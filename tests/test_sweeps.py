@@ -143,3 +143,62 @@ def test_wandbs_file_has_the_axes(capsys: pytest.CaptureFixture[str]) -> None:
 def test_ranges_and_choices_are_hydras(rows: Path, tmp_path: Path) -> None:
     assert sweep(tmp_path / "s", rows, "hydra/launcher=shared", seed="range(0,3)", steps=1, save_every=0, eval_every=0) == 0
     assert len(runs_in(tmp_path / "s")) == 3
+
+
+# ---- what is not ours: other sweepers and launchers, where they are installed
+
+
+def test_a_search_goes_on_after_a_job_that_failed(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="uv pip install hydra-optuna-sweeper")
+    words = ["hydra/sweeper=optuna", "hydra/sweeper/sampler=random", "hydra.sweeper.sampler.seed=0", "hydra.sweeper.n_trials=4"]
+    words += ["hydra/launcher=shared", "hydra.sweeper.n_jobs=2"]
+    assert sweep(tmp_path / "sweep", rows, *words, learning_rate="1e30,0.01", steps=2) == 1
+    jobs = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["jobs"]
+    assert len(jobs) == 4 and {(job["varied"], job["state"]) for job in jobs} == {
+        ("learning_rate=0.01", "completed"),
+        ("learning_rate=1e+30", "failed"),
+    }
+    found = yaml.safe_load((tmp_path / "sweep" / "optimization_results.yaml").read_text())
+    assert found["best_params"] == {"learning_rate": 0.01}
+    assert sweep(tmp_path / "lost", rows, *words, learning_rate="1e30,2e30", steps=2) == 1
+    assert "the search broke off: " in capsys.readouterr().out
+
+
+def test_a_search_asks_which_way_where_nothing_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="uv pip install hydra-optuna-sweeper")
+    recipe = Path(__file__).parent.parent / "recipes" / "sft" / "chat.py"
+    words = ["run", str(recipe), "-m", "seed=0,1", "hydra/sweeper=optuna", f"run_dir={tmp_path / 'sweep'}"]
+    assert main(words) == 2 and "which way?" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_joblibs_jobs_are_watched_and_named_as_ours(rows: Path, tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="uv pip install hydra-joblib-launcher")
+    words = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    assert sweep(tmp_path / "sweep", rows, *words, learning_rate="0.01,1e30", steps=2) == 1
+    jobs = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["jobs"]
+    assert [(job["varied"], job["state"]) for job in jobs] == [
+        ("learning_rate=0.01", "completed"),
+        ("learning_rate=1e+30", "failed"),
+    ]
+    assert "completed: 2 steps" in (tmp_path / "sweep" / "0_learning_rate=0.01.out").read_text()
+
+
+def test_ctrl_c_begins_no_further_batch(rows: Path, tmp_path: Path) -> None:
+    changes = {"seed": "0,1", "steps": 100_000, "eval_every": 0, "save_every": 0}
+    alone = ["-m", "hydra/launcher=shared", "hydra.sweeper.max_batch_size=1"]
+    words = [*command(tmp_path / "sweep", rows, **changes), *alone]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cookbook.cli", *words], stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not any((job / "metrics.jsonl").exists() and len(metrics(job)) > 1 for job in runs_in(tmp_path / "sweep")):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+    (job,) = runs_in(tmp_path / "sweep")
+    assert result(job)["status"] == "interrupted" and (tmp_path / "sweep" / "sweep.json").exists()

@@ -33,6 +33,23 @@ class SharedLauncher(ProcessLauncher):
     how = "shared"
 
 
+class Noting(Launcher):
+    """Around the launcher that was chosen: tells the task which jobs begin, as another's launcher runs them elsewhere."""
+
+    def __init__(self, launcher: Launcher) -> None:
+        self.launcher = launcher
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
+        self.task = task_function
+        self.launcher.setup(hydra_context=hydra_context, task_function=task_function, config=config)
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
+        varied = [[word.lstrip("+") for word in words] for words in job_overrides]
+        self.task.note(varied, initial_job_idx)
+        # a + before each: searches leave it out, and the keys have no schema here
+        return self.launcher.launch([[f"+{word}" for word in words] for words in varied], initial_job_idx)
+
+
 # jobs: at a time; null: one per GPU or one, and of a shared sweep all. Plain nodes: Hydra reads this file before it is a module
 for kind in (ProcessLauncher, SharedLauncher):
     node = {"_target_": f"hydra_plugins.cook_launchers.{kind.__name__}", "jobs": None}

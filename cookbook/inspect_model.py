@@ -1,5 +1,7 @@
 """A trained policy as a model of inspect-ai, whose tasks then run against it in this process (extra `inspect`)."""
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import itertools

@@ -173,19 +173,21 @@ def measures_of(policy: PastPolicy, words: Sequence[str], choice: Choice, say: C
 def _of_run(policy: PastPolicy, choice: Choice, say: Callable[[str], None]) -> Iterator[Measure]:
     past = policy.run
     assert past is not None
-    config = recompose(past.recipe, past.config, []).config
     kind = past.recipe.partition("/")[0]
+    if kind not in ("sft", "rl", "dpo"):
+        raise UsageError(
+            f"{past.name} comes from a recipe of its own ({past.recipe or 'unknown'}): say on what, env=... or data=..."
+        )
+    config = recompose(past.recipe, past.config, []).config
     if kind == "rl":
         yield _scored(config, choice, say)
-    elif kind in ("sft", "dpo"):
-        if config.data.eval_rows:
-            yield _rows_of_run(kind, config)
-        if config.eval.env:
-            yield _scored_env(config.eval.env, replace(choice, max_tokens=choice.max_tokens or config.eval.max_tokens), say)
-        elif not config.data.eval_rows:
-            raise UsageError(f"{past.name} held no rows out (data.eval_rows=0): say on what, env=... or data=rows.jsonl")
-    else:
-        raise UsageError(f"{past.name} comes from a recipe of its own, {past.recipe}: say on what, env=... or data=rows.jsonl")
+        return
+    if config.data.eval_rows:
+        yield _rows_of_run(kind, config)
+    if config.eval.env:
+        yield _scored_env(config.eval.env, replace(choice, max_tokens=choice.max_tokens or config.eval.max_tokens), say)
+    elif not config.data.eval_rows:
+        raise UsageError(f"{past.name} held no rows out (data.eval_rows=0): say on what, env=... or data=rows.jsonl")
 
 
 def _rows_of_run(kind: str, config: Any) -> Measure:

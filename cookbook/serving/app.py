@@ -12,8 +12,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from cookbook.serving import tinker_api, tinker_rest, tinker_sampling
+from cookbook.serving import openai_api, tinker_api, tinker_rest, tinker_sampling
 from cookbook.serving.door import BodyLimit
+from cookbook.serving.openai_models import Models
 from cookbook.serving.refusal import Refusal
 from cookbook.serving.server import Server
 
@@ -30,11 +31,12 @@ def create_app(server: Server, tell_ready: Callable[[], None] = lambda: None) ->
             yield
         finally:
             chores.cancel()
+            app.state.openai.recent.clear()
             await server.close()
 
     app = FastAPI(title="cook serve", lifespan=life, docs_url=None, redoc_url=None)
-    app.state.server = server
-    for router in (tinker_api.router, tinker_sampling.router, tinker_rest.router):
+    app.state.server, app.state.openai = server, Models(server)
+    for router in (tinker_api.router, tinker_sampling.router, tinker_rest.router, openai_api.router):
         app.include_router(router)
     app.add_middleware(BodyLimit, limit=server.limits.body_mb << 20)
     app.add_exception_handler(Refusal, _refused)
@@ -45,22 +47,35 @@ def create_app(server: Server, tell_ready: Callable[[], None] = lambda: None) ->
     return app
 
 
-async def _refused(_: Request, error: Exception) -> JSONResponse:
+def _reply(request: Request, status: int, detail: str, param: str | None = None, code: str | None = None) -> JSONResponse:
+    """An error as the protocol that was spoken writes it."""
+    if request.url.path.startswith(f"{openai_api.router.prefix}/"):
+        return JSONResponse(openai_api.error_json(status, detail, param, code), status)
+    return JSONResponse({"detail": detail}, status)
+
+
+async def _refused(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, Refusal)
-    return JSONResponse({"detail": error.detail}, error.status)
+    return _reply(request, error.status, error.detail, error.param, error.code)
 
 
-async def _invalid(_: Request, error: Exception) -> JSONResponse:
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
     """One line per field, without what was sent."""
     assert isinstance(error, RequestValidationError)
     lines = [f"{'.'.join(str(part) for part in one['loc'])}: {one['msg']}" for one in error.errors()]
-    return JSONResponse({"detail": "; ".join(lines)[:2000]}, 422)
+    detail = "; ".join(lines)[:2000]
+    if not request.url.path.startswith(f"{openai_api.router.prefix}/"):
+        return _reply(request, 422, detail)
+    where = error.errors()[0]["loc"]
+    return _reply(request, 400, detail, where[1] if len(where) > 1 and isinstance(where[1], str) else None)
 
 
-async def _http(_: Request, error: Exception) -> JSONResponse:
+async def _http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    return JSONResponse({"detail": error.detail}, error.status_code, headers=error.headers)
+    reply = _reply(request, error.status_code, str(error.detail))
+    reply.headers.update(error.headers or {})
+    return reply
 
 
-async def _disk(_: Request, error: Exception) -> JSONResponse:
-    return JSONResponse({"detail": f"the server's store cannot be written: {error}"}, 507)
+async def _disk(request: Request, error: Exception) -> JSONResponse:
+    return _reply(request, 507, f"the server's store cannot be written: {error}")

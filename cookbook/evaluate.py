@@ -50,6 +50,8 @@ def evaluate(
         console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
 
     say(f"{policy.name}, {policy.model.name}" + (f"; against {other.name}" if other else ""))
+    if other and _others_rows_differ(policy, other, words or inspect):
+        say(f"{other.name.strip()} held other rows out (its seed or data differ): it may have trained on these")
     rows: list[Row] = []
     items: dict[str, dict[str, list[Item]]] = {}
     attempts: list[records.Row] = []
@@ -83,6 +85,14 @@ def _other(policy: PastPolicy, against: str | None) -> PastPolicy | None:
         return policy.base()
     other = open_policy(against, "newest", policy.service if find_policy(against).model.name == policy.model.name else None)
     return replace(other, name=f"{other.name} ") if other.name == policy.name else other
+
+
+def _others_rows_differ(policy: PastPolicy, other: PastPolicy, chosen: object) -> bool:
+    """Whether both are runs with held-out data of their own, and not the same, while those of `policy` are measured."""
+    if chosen or policy.run is None or other.run is None or "data" not in policy.run.config:
+        return False
+    mine, theirs = policy.run.config, other.run.config
+    return any(mine.get(key) != theirs.get(key) for key in ("data", "seed"))
 
 
 def _row(name: str, items: list[Item], theirs: Measured | None) -> Row:

@@ -225,6 +225,16 @@ def test_the_held_out_rows_of_a_run_give_its_own_last_evaluation(run: Path, caps
     assert kept["figures"]["held_out/nll"] == found and len(kept["items"]["held_out/nll"]["values"]) == 6
 
 
+def test_a_run_that_may_have_trained_on_these_rows_is_named(
+    run: Path, home: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(home / "other", rows, seed=1, steps=2) == 0
+    out, _ = lines_of(["eval", str(run), "--against", str(home / "other")], capsys)
+    assert "may have trained on these" in out
+    out, _ = lines_of(["eval", str(run), "--against", str(run)], capsys)
+    assert "may have trained" not in out
+
+
 def test_pairs_of_a_preference_run(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = home / "dpo"
     assert train(directory, write_rows(home / "pairs.jsonl", map(pair, range(40))), "dpo") == 0

@@ -82,7 +82,7 @@ def measure(url: str, rounds: int, device: str) -> dict[str, Any]:
     from core import EngineOptions, ServiceClient
 
     remote = tinker.ServiceClient(base_url=url, api_key="tml-bench")
-    model = remote.get_server_capabilities().supported_models[0].model_name
+    model = str(remote.get_server_capabilities().supported_models[0].model_name)
     local = ServiceClient(tempfile.mkdtemp(prefix="bench-local-"), EngineOptions(device=device))
     there = Wire(remote.create_lora_training_client(model, rank=8).result())
     here = Local(local.create_lora_training_client(model, rank=8).result())
@@ -107,14 +107,18 @@ class Wire:
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
-        self.sampler = trainer.save_weights_and_get_sampling_client()
+        self.sampler = trainer.save_weights_and_get_sampling_client().result()
         self.saves = 0
 
     def data(self, count: int) -> list[Any]:
+        import torch
         from tinker import types
 
+        def as_targets(row: list[int]) -> types.TensorData:
+            return types.TensorData.from_torch(torch.tensor(row[1:]))
+
         return [
-            types.Datum(model_input=types.ModelInput.from_ints(row[:-1]), loss_fn_inputs={"target_tokens": row[1:]})
+            types.Datum(model_input=types.ModelInput.from_ints(row[:-1]), loss_fn_inputs={"target_tokens": as_targets(row)})
             for row in rows(count)
         ]
 
@@ -127,7 +131,8 @@ class Wire:
 
         gradient = self.trainer.forward_backward(data or self.data(1), "cross_entropy")
         update = self.trainer.optim_step(types.AdamParams(learning_rate=1e-5))
-        gradient.result(), update.result()
+        gradient.result()
+        update.result()
 
     def sample(self) -> None:
         from tinker import types
@@ -163,7 +168,8 @@ class Local:
 
         gradient = self.trainer.forward_backward(data or self.data(1), "cross_entropy")
         update = self.trainer.optim_step(AdamParams(learning_rate=1e-5))
-        gradient.result(), update.result()
+        gradient.result()
+        update.result()
 
     def sample(self) -> None:
         from core import ModelInput, SamplingParams
@@ -178,7 +184,8 @@ class Local:
 def overhead(wire: Callable[[], None], local: Callable[[], None], rounds: int) -> dict[str, float]:
     """In milliseconds; the two alternate."""
     for _ in range(3):
-        wire(), local()
+        wire()
+        local()
     times = [(seconds(wire), seconds(local)) for _ in range(rounds)]
     inside = statistics.median(local for _, local in times)
     over = [1000 * (wire - inside) for wire, _ in times]

@@ -17,7 +17,7 @@ from cookbook.compose import Composed, plugins_on_path
 from cookbook.errors import UsageError
 from cookbook.keys import group_files
 from cookbook.overrides import key_of, one_line
-from cookbook.run_reader import FALLING, RUNS
+from cookbook.run_reader import RUNS, falls
 
 plugins_on_path()
 
@@ -165,7 +165,7 @@ def multirun(compose: ComposeJob, words: Sequence[str], kind: str, metric: str |
 def _direction(kind: str, metric: str | None) -> str | None:
     """Which way a search goes; None where nothing tells."""
     name = metric or DEFAULT_METRIC.get(kind)
-    return name and ("minimize" if name.rpartition("/")[2] in FALLING else "maximize")
+    return name and ("minimize" if falls(name) else "maximize")
 
 
 def _sweep(task: Task, parts: Words, direction: str | None) -> None:

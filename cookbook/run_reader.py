@@ -42,6 +42,17 @@ class PastRun:
         """The rows of metrics.jsonl; NaN and the infinities are numbers again, what is no number is left out."""
         return [_numbers(row) for row in self.rows("metrics.jsonl")[0]]
 
+    def metrics_from(self, offset: int) -> tuple[list[dict[str, float]], int]:
+        """The rows behind the first `offset` bytes of metrics.jsonl, and from where to ask next: for looks again and again."""
+        path = self.directory / "metrics.jsonl"
+        if not path.is_file():
+            return [], offset
+        with path.open("rb") as file:
+            file.seek(offset)
+            new = file.read()
+        whole = new[: new.rfind(b"\n") + 1]
+        return [_numbers(row) for row in _parsed(whole, path.name)[0]], offset + len(whole)
+
     def rows(self, file: str) -> tuple[list[records.Row], list[str]]:
         """The rows of a .jsonl file of the run, and a line for each that cannot be read. A torn last line is no row."""
         return read_tolerant(self.directory / file)
@@ -86,7 +97,7 @@ class PastRun:
         best = (self.result or {}).get("best") or {}
         named = [f"eval/{key}" for key in best if key not in ("step", "checkpoint")]  # a run from before run.json told
         named += [key for row in self.checkpoints[-1:] for key in row.get("metrics", {})]
-        return (named[0], "min" if named[0].rpartition("/")[2] in FALLING else "max") if named else None
+        return (named[0], "min" if falls(named[0]) else "max") if named else None
 
     def adapter(self, which: Literal["newest", "best"] | int = "newest") -> Path:
         """The directory of a checkpoint, by step or as named. UsageError when there is none such on this machine."""
@@ -168,6 +179,11 @@ def _by_number(path: Path) -> tuple[int, str]:
     return int(number[0]) if number else -1, path.name
 
 
+def falls(metric: str) -> bool:
+    """Whether less of it is better."""
+    return metric.rpartition("/")[2] in FALLING
+
+
 def name_of(directory: Path) -> str:
     """runs/a -> a, runs/sweep/0 -> sweep/0; a run elsewhere keeps its path."""
     try:
@@ -180,7 +196,11 @@ def read_tolerant(path: Path) -> tuple[list[records.Row], list[str]]:
     """Every row of a .jsonl file that can be read, and a line for each that cannot; a torn last line is neither."""
     if not path.is_file():
         return [], []
-    *lines, _torn = path.read_bytes().split(b"\n")
+    return _parsed(path.read_bytes(), path.name)
+
+
+def _parsed(text: bytes, name: str) -> tuple[list[records.Row], list[str]]:
+    *lines, _torn = text.split(b"\n")
     rows, problems = [], []
     for number, line in enumerate(lines, start=1):
         try:
@@ -190,7 +210,7 @@ def read_tolerant(path: Path) -> tuple[list[records.Row], list[str]]:
         if isinstance(row, dict):
             rows.append(row)
         else:
-            problems.append(f"{path.name}:{number} is not a JSON object ({line[:40]!r}): left out")
+            problems.append(f"{name}:{number} is not a JSON object ({line[:40]!r}): left out")
     return rows, problems
 
 

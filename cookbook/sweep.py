@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -39,6 +39,19 @@ class Job:
     diverged: bool = False
     stop: threading.Event = field(default_factory=threading.Event)  # of a thread
     process: subprocess.Popen[bytes] | None = None
+    run: PastRun | None = None  # once there is something of it
+    losses: list[float] = field(default_factory=list)  # so far
+    last: dict[str, float] = field(default_factory=dict)  # row of metrics.jsonl
+    num_read: int = 0  # bytes of metrics.jsonl
+
+    def look(self) -> None:
+        """Read what the run has written since the last look: it is twice a second, beside the threads of a shared sweep."""
+        if self.run is None and (self.directory / "config.yaml").is_file():
+            self.run = read_run(self.directory)
+        if self.run is not None:
+            rows, self.num_read = self.run.metrics_from(self.num_read)
+            self.losses += losses_of(rows)
+            self.last = rows[-1] if rows else self.last
 
 
 def out_of(directory: Path) -> Path:
@@ -165,7 +178,8 @@ def _run_quietly(job: Job) -> None:
 
 
 def _watch(job: Job) -> None:
-    if not job.diverged and job.directory.is_dir() and has_diverged(job.directory):
+    job.look()
+    if not job.diverged and has_diverged(job.losses):
         job.diverged = True
         stop_job(job)
 
@@ -178,13 +192,12 @@ def stop_job(job: Job) -> None:
             job.process.send_signal(signal.SIGTERM)
 
 
-def has_diverged(directory: Path) -> bool:
-    """Whether the loss of a run is not finite, or more than twice its first value for three steps on end."""
-    try:
-        rows = read_run(directory).metrics()
-    except UsageError:
-        return False
-    losses = [row[name] for row in rows for name in LOSSES if name in row]
+def losses_of(rows: Sequence[Mapping[str, float]]) -> list[float]:
+    return [row[name] for row in rows for name in LOSSES if name in row]
+
+
+def has_diverged(losses: Sequence[float]) -> bool:
+    """Whether one is not finite, or the last three are more than twice the first."""
     if any(not math.isfinite(loss) for loss in losses):
         return True
     last = losses[-DIVERGED_STEPS:]
@@ -251,37 +264,27 @@ class _Screen:
         self.show()
 
     def show(self) -> None:
-        states = list(self._states())
-        for job, run, told in states:
-            ended = run is not None and run.state not in ("running", "killed")
+        for job in self.jobs:
+            job.look()
+            ended = job.run is not None and job.run.state not in ("running", "killed")
             if ended and job.directory not in self._told:
                 self._told.add(job.directory)
-                self.console.print(f"{job.directory.name}: {told}", highlight=False, markup=False)
+                self.console.print(f"{job.directory.name}: {_told(job)}", highlight=False, markup=False)
         if self._live and self._live.is_started:
             from rich.table import Table
 
             table = Table("job", "", box=None)
-            for job, _, told in states:
-                table.add_row(job.directory.name, told)
+            for job in self.jobs:
+                table.add_row(job.directory.name, _told(job))
             self._live.update(table, refresh=True)
 
-    def _states(self) -> Iterator[tuple[Job, PastRun | None, str]]:
-        for job in self.jobs:
-            try:
-                run = read_run(job.directory) if job.directory.is_dir() else None
-            except UsageError:
-                run = None
-            yield job, run, _told(job, run)
 
-
-def _told(job: Job, run: PastRun | None) -> str:
-    if run is None:
+def _told(job: Job) -> str:
+    if job.run is None:
         return "waiting"
-    rows = run.metrics()
-    step = int(rows[-1].get("progress/step", 0)) if rows else 0
-    losses = [f"{name.split('/')[1]} {rows[-1][name]:.4f}" for name in LOSSES if rows and name in rows[-1]]
-    state = "diverged" if job.diverged else run.state if run.state != "killed" else "starting"
-    return "  ".join([state, f"step {step}", *losses])
+    losses = [f"{name.split('/')[1]} {job.last[name]:.4f}" for name in LOSSES if name in job.last]
+    state = "diverged" if job.diverged else job.run.state if job.run.state != "killed" else "starting"
+    return "  ".join([state, f"step {int(job.last.get('progress/step', 0))}", *losses])
 
 
 def final_value(directory: Path, metric: str | None) -> float | None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from cookbook import records
 from cookbook.charts import colour_class, figure, legend_of, line_chart, page
 from cookbook.progress import duration
-from cookbook.run_reader import FALLING, PastRun, read_run, runs_in
-from cookbook.sweep import has_diverged, out_of, short
+from cookbook.run_reader import PastRun, falls, read_run, runs_in
+from cookbook.sweep import has_diverged, losses_of, out_of, short
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,7 +44,7 @@ def summarise(directory: Path, values: list[tuple[Path, list[str]]], metric: str
     varied = {path: " ".join(words) for path, words in values}
     runs = [read_run(path) for path in runs_in(directory)]
     name = metric or next((found[0] for run in runs if (found := run.best_metric)), None)
-    falling = name is not None and name.rpartition("/")[2] in FALLING
+    falling = name is not None and falls(name)
     jobs = [_ended(run, varied.get(run.directory, run.directory.name), name) for run in runs]
     jobs.sort(key=lambda job: _order(job, falling))
     begun = {job.run.directory for job in jobs}
@@ -64,8 +64,9 @@ def summarise(directory: Path, values: list[tuple[Path, list[str]]], metric: str
 
 
 def _ended(run: PastRun, varied: str, metric: str | None) -> Ended:
-    values = [row[metric] for row in run.metrics() if metric in row] if metric else []
-    state = "diverged" if has_diverged(run.directory) else run.state
+    rows = run.metrics()
+    values = [row[metric] for row in rows if metric in row] if metric else []
+    state = "diverged" if has_diverged(losses_of(rows)) else run.state
     return Ended(run, varied, state, values[-1] if values else None)
 
 

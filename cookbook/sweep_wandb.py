@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from cookbook.errors import UsageError
 from cookbook.multirun import DEFAULT_METRIC, ComposeJob, axes, check_words, sorted_words
-from cookbook.run_reader import FALLING
+from cookbook.run_reader import falls
 
 
 def sweep_file(kind: str, words: Sequence[str], metric: str | None, compose: ComposeJob) -> str:
@@ -20,7 +20,7 @@ def sweep_file(kind: str, words: Sequence[str], metric: str | None, compose: Com
         raise UsageError(f"{parts.hydra[0]} is for -m: W&B has launchers and a search of its own")
     check_words(compose, parts.constant, parts.swept)
     name = metric or DEFAULT_METRIC[kind]
-    goal = "minimize" if name.rpartition("/")[2] in FALLING else "maximize"
+    goal = "minimize" if falls(name) else "maximize"
     return yaml.safe_dump(
         {
             "program": "cook",

@@ -17,6 +17,7 @@ from cookbook.config import LogConfig
 from cookbook.errors import UsageError
 from cookbook.run import Run
 from cookbook.run_reader import find_run, read_run, run_directories
+from tests.past_runs import rl_run
 
 
 @dataclass
@@ -148,3 +149,14 @@ def test_cook_runs_lists_the_newest_first_with_state_metric_and_time(here: Path,
 def test_no_runs_at_all_is_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs"]) == 2
     assert capsys.readouterr().err.startswith("error: there are no runs in ")
+
+
+def test_metrics_can_be_read_as_they_are_written(tmp_path: Path) -> None:
+    run = read_run(rl_run(tmp_path / "run", 6))
+    whole = (run.directory / "metrics.jsonl").read_bytes()
+    found, offset = [], 0
+    for end in (0, 10, len(whole) // 2, len(whole) - 1, len(whole), len(whole)):
+        (run.directory / "metrics.jsonl").write_bytes(whole[:end])
+        rows, offset = run.metrics_from(offset)
+        found += rows
+    assert found == run.metrics() and len(found) == 7 and offset == len(whole)

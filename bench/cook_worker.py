@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 
+from bench.channel import opened
+from cookbook.memory import peak_memory_gb
+
 
 def main() -> None:
-    job = json.loads(sys.stdin.readline())
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    def say(**message) -> None:
-        out.write(json.dumps(message) + "\n")
-        out.flush()
+    job, say = opened()
 
     from bench.machine import matmul_flops
     from core import AdamParams, EngineOptions, ServiceClient
@@ -43,7 +39,7 @@ def main() -> None:
             continue
         start = time.perf_counter()
         num_tokens = run(trainers, command, AdamParams(1e-4))
-        say(seconds=time.perf_counter() - start, tokens=num_tokens, peak_gb=peak_gb(job["device"]))
+        say(seconds=time.perf_counter() - start, tokens=num_tokens, peak_gb=peak_memory_gb())
 
 
 def run(trainers: list, command: dict, adam) -> int:
@@ -71,12 +67,6 @@ def datum(row: dict, weight: float):
     targets = torch.tensor(row["tokens"][1:])
     weights = torch.tensor(row["mask"][1:], dtype=torch.float32) * weight
     return Datum(ModelInput.from_ints(row["tokens"][:-1]), {"target_tokens": targets, "weights": weights})
-
-
-def peak_gb(device: str) -> float:
-    from cookbook.memory import peak_memory_gb
-
-    return peak_memory_gb()
 
 
 if __name__ == "__main__":

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
 from functools import partial
 
+from bench.channel import opened
+from cookbook.memory import peak_memory_gb
+
 
 def main() -> None:
-    job = json.loads(sys.stdin.readline())
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    job, say = opened()
 
-    def say(**message) -> None:
-        out.write(json.dumps(message) + "\n")
-        out.flush()
-
-    from bench.trl_worker import peak_gb
     from cookbook.config import DataConfig, LoraConfig, ModelConfig, SamplesConfig
     from cookbook.dpo import Session, share_of_mean
     from cookbook.preferences import load_pairs
@@ -49,7 +43,7 @@ def main() -> None:
             first = sum(gradient.result().metrics["loss:sum"] for gradient in gradients)
             session.finish(step, parts, gradients, update)
             tokens = sum(datum.model_input.length for part in parts for datum in part.data)
-            say(seconds=time.perf_counter() - started, loss=first, tokens=tokens, peak_gb=peak_gb(job["device"]))
+            say(seconds=time.perf_counter() - started, loss=first, tokens=tokens, peak_gb=peak_memory_gb())
 
 
 if __name__ == "__main__":

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+from bench.channel import opened, without_hub
 
 
 def main() -> None:
-    job = json.loads(sys.stdin.readline())
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever libraries print goes to stderr; `out` speaks to the driver
+    without_hub()
+    job, say = opened()
 
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -24,14 +21,12 @@ def main() -> None:
     model.generation_config = GenerationConfig()
     model.config.eos_token_id = None  # every reply has the length asked for
     answer = {"generate": generate, "generate_batch": generate_batch}[job["side"]]
-    out.write(json.dumps({"ready": True}) + "\n")
-    out.flush()
+    say(ready=True)
     for line in sys.stdin:
         requests = json.loads(line)["requests"]
         with torch.no_grad():
             seconds = answer(model, requests, device)
-        out.write(json.dumps({"seconds": seconds, "tokens": sum(max_tokens for _, max_tokens, _ in requests)}) + "\n")
-        out.flush()
+        say(seconds=seconds, tokens=sum(max_tokens for _, max_tokens, _ in requests))
 
 
 def settings(max_new_tokens: int):

@@ -2,48 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import time
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+from bench.channel import all_linear, base_model, opened, stepping, trainer_options, without_hub
 
 
 def main() -> None:
-    job = json.loads(sys.stdin.readline())
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever libraries print goes to stderr; `out` speaks to the driver
-
-    def say(**message) -> None:
-        out.write(json.dumps(message) + "\n")
-        out.flush()
+    without_hub()
+    job, say = opened()
 
     import torch
     from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer
     from trl.trainer.grpo_config import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
 
-    from bench.trl_worker import peak_gb
     from envs.arithmetic import Arithmetic
 
     torch.manual_seed(0)
     setting, num_rows = job["setting"], job["problems"] * job["attempts"]
-    model = AutoModelForCausalLM.from_pretrained(
-        job["model"], dtype=getattr(torch, setting["dtype"]), attn_implementation="sdpa"
-    ).to(job["device"])
     config = GRPOConfig(
-        output_dir=job["scratch"], per_device_train_batch_size=setting["rows"],
-        gradient_accumulation_steps=num_rows // setting["rows"], num_generations=job["attempts"],
-        max_completion_length=job["max_tokens"], temperature=1.0, beta=0.0, scale_rewards="none", loss_type="dapo",
-        max_steps=job["steps"], learning_rate=job["learning_rate"], lr_scheduler_type="constant", max_grad_norm=0.0,
-        weight_decay=0.0, gradient_checkpointing=False, use_vllm=False, report_to=[], save_strategy="no",
-        use_transformers_continuous_batching=setting["continuous"], logging_steps=1_000_000, disable_tqdm=True,
-        bf16=setting["dtype"] == "bfloat16", use_cpu=job["device"] == "cpu", shuffle_dataset=False,
-        dataloader_num_workers=0,
+        per_device_train_batch_size=setting["rows"], gradient_accumulation_steps=num_rows // setting["rows"],
+        num_generations=job["attempts"], max_completion_length=job["max_tokens"], temperature=1.0, beta=0.0,
+        scale_rewards="none", loss_type="dapo", learning_rate=job["learning_rate"], gradient_checkpointing=False,
+        use_vllm=False, use_transformers_continuous_batching=setting["continuous"], shuffle_dataset=False,
+        **trainer_options(job),
     )  # fmt: skip
     seen: dict[str, float] = {}
 
@@ -56,21 +37,10 @@ def main() -> None:
         seen["reply_tokens"] = sum(map(len, completion_ids)) / len(completion_ids)
         return rewards
 
-    class Step(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            sys.stdin.readline()
-            seen["start"] = time.perf_counter()
-
-        def on_step_end(self, args, state, control, **kwargs):
-            if job["device"] != "cpu":
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - seen.pop("start")
-            say(seconds=seconds, peak_gb=peak_gb(job["device"]), **seen)
-
     trainer = GRPOTrainer(
-        model=model, args=config, reward_funcs=reward, train_dataset=Dataset.from_list(job["problem_rows"]),
-        processing_class=AutoTokenizer.from_pretrained(job["model"], padding_side="left"), callbacks=[Step()],
-        peft_config=LoraConfig(r=32, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+        model=base_model(job), args=config, reward_funcs=reward, train_dataset=Dataset.from_list(job["problem_rows"]),
+        processing_class=AutoTokenizer.from_pretrained(job["model"], padding_side="left"), peft_config=all_linear(32),
+        callbacks=[stepping(job, say, lambda: None, lambda: dict(seen))],
     )  # fmt: skip
     say(ready=True)
     trainer.train()

@@ -11,19 +11,16 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from bench.channel import opened
+
 
 def main() -> None:
-    job = json.loads(sys.stdin.readline())
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    job, say = opened()
     turns = Turns(job)
-    out.write(json.dumps({"ready": True}) + "\n")
-    out.flush()
+    say(ready=True)
     for line in sys.stdin:
         command = json.loads(line)
-        answer = getattr(turns, command.pop("do"))(**command)
-        out.write(json.dumps(answer) + "\n")
-        out.flush()
+        say(**getattr(turns, command.pop("do"))(**command))
 
 
 class Turns:

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 import time
+
+from bench.channel import opened
 
 LEARNING_RATE = 1e-4
 
 
 def main() -> None:
-    job = json.loads(sys.stdin.readline())
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    job, say = opened()
     bench = Bench(job)
-    out.write(json.dumps(bench.about()) + "\n")
-    out.flush()
+    say(**bench.about())
     for line in sys.stdin:
         command = json.loads(line)
-        answer = getattr(bench, command.pop("do"))(**command)
-        out.write(json.dumps(answer) + "\n")
-        out.flush()
+        say(**getattr(bench, command.pop("do"))(**command))
 
 
 class Bench:

@@ -13,7 +13,7 @@ from cookbook.env_drive import seats, settled
 from cookbook.environments import problem_stream
 from cookbook.errors import UsageError
 from cookbook.past_policy import PastPolicy, open_policy
-from cookbook.tool_calls import Calls, answer, calls_of
+from cookbook.tool_calls import Calls, answer, read_reply
 from cookbook.tool_prompt import told_of_tools
 from core import ModelInput, SamplingParams
 from envs.env import Env, Message
@@ -76,15 +76,11 @@ class Chat:
         except (ValueError, FloatingPointError) as error:  # no room for keys and values; a diverged adapter
             raise UsageError(" ".join(str(error).split())) from error
         finally:
-            message, ended = renderer.parse_response(tokens)
-            calls = calls_of(message, ended) if self.tools else None
-            text = renderer.decode([token for token in tokens if token not in renderer.stop])
-            if message.get("tool_calls") and (calls is None or self._schemas is None):
-                message = {"role": "assistant", "content": text}
-            self.messages.append({**message, "tokens": list(tokens)})
-        if ended == "length":
+            reply = read_reply(renderer, tokens, bool(self.tools))
+            self.messages.append(reply.in_conversation(tokens, bool(self.tools) and self._schemas is None))
+        if reply.ended == "length":
             show(f" [cut at {len(tokens)} tokens]")
-        return calls
+        return reply.calls
 
     def _kept(self, stream: Any, tokens: list[int]) -> Iterator[int]:
         """The tokens to show; all of them end up in `tokens`."""

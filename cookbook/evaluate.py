@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,6 @@ def evaluate(
     choice.check()
     if inspect and words:
         raise UsageError(f"--inspect {inspect} and {words[0]}: one at a time")
-    found = find_policy(target, checkpoint)
     if to is not None and to.exists():
         raise UsageError(f"--to {to} exists already: name another file")
     policy = open_policy(target, checkpoint)
@@ -51,11 +50,11 @@ def evaluate(
 
     say(f"{policy.name}, {policy.model.name}" + (f"; against {other.name}" if other else ""))
     if other and _others_rows_differ(policy, other, words or inspect):
-        say(f"{other.name.strip()} held other rows out (its seed or data differ): it may have trained on these")
+        say(f"{other.name} held other rows out (its seed or data differ): it may have trained on these")
     rows: list[Row] = []
     items: dict[str, dict[str, list[Item]]] = {}
     attempts: list[records.Row] = []
-    logs = (found.run.directory / "evals" if found.run else to.parent if to else Path()) / "inspect"
+    logs = (policy.run.directory / "evals" if policy.run else to.parent if to else Path()) / "inspect"
     for measure in [InspectTask(inspect, choice, logs, say)] if inspect else measures_of(policy, words, choice, say):
         mine = measure(policy)
         theirs = measure(other) if other else None
@@ -64,7 +63,7 @@ def evaluate(
             rows.append(_row(name, of_mine, theirs))
             items[name] = {"values": of_mine} | ({"against": theirs.items[name]} if theirs and name in theirs.items else {})
     record = _record(policy, other, words, choice, rows, items)
-    written = to or (_place(found.run.directory, policy.step) if found.run else None)
+    written = to or (_place(policy.run.directory, policy.step) if policy.run else None)
     if written is not None:
         written.parent.mkdir(parents=True, exist_ok=True)
         records.replace(written, records.encode(record) + "\n")
@@ -83,8 +82,7 @@ def _other(policy: PastPolicy, against: str | None) -> PastPolicy | None:
         return None
     if against == "base":
         return policy.base()
-    other = open_policy(against, "newest", policy.service if find_policy(against).model.name == policy.model.name else None)
-    return replace(other, name=f"{other.name} ") if other.name == policy.name else other
+    return open_policy(against, service=policy.service if find_policy(against).model.name == policy.model.name else None)
 
 
 def _others_rows_differ(policy: PastPolicy, other: PastPolicy, chosen: object) -> bool:
@@ -110,7 +108,7 @@ def _record(
 ) -> dict[str, Any]:  # fmt: skip
     return {
         "policy": policy.name, "model": policy.model.name, "step": policy.step,
-        "against": other.name.strip() if other else None,
+        "against": other.name if other else None,
         "words": list(words), **asdict(choice), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "figures": {
             row.name: asdict(row.estimate)

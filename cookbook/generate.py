@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 PIECE = 32  # problems
 KEEP = ("best", "all")
+COUNTS = ("problems", "rows", "replies", "failed", "reward_sum", "kept_sum")  # of Made, noted in OUT.progress
 OF_RL = ("env", "data", "reward", "rewards", "judge", "limits", "temperature", "max_tokens", "seed")  # keys of cook rl
 
 
@@ -60,7 +61,7 @@ def generate(target: str, words: Sequence[str], checkpoint: str, console: Consol
         raise UsageError("min_reward needs a reward: reward=my.py:score, reward=judge, or an env=...")
     if own.n > 1 and config.temperature == 0:
         raise UsageError(f"n={own.n} replies would all be the same at temperature=0: set n=1, or temperature=1")
-    made = Made(out, {"target": policy.name, "words": sorted(words), "adapter": str(policy.adapter)})
+    made = Made(out, {"target": policy.name, "words": sorted(words), "adapter": str(policy.adapter)}, has_reward)
     problems = _problems(own, config, console)
     console.print(f"{policy.name}, {policy.model.name}", style="dim", markup=False, highlight=False, soft_wrap=True)
     if made.problems:
@@ -70,7 +71,7 @@ def generate(target: str, words: Sequence[str], checkpoint: str, console: Consol
     rest_of = itertools.islice(problems, made.problems, None)
     while piece := list(itertools.islice(rest_of, PIECE)):
         groups = runner.run(piece, policy.sampler, own.n, (config.seed, "cook generate"), first=made.problems)
-        made.add(len(piece), groups, [row for group in groups for row in _rows(group, own, has_reward)], has_reward)
+        made.add(len(piece), groups, [row for group in groups for row in _rows(group, own, has_reward)])
         console.print(made.line(), markup=False, highlight=False)
     made.finish(console)
 
@@ -78,12 +79,11 @@ def generate(target: str, words: Sequence[str], checkpoint: str, console: Consol
 class Made:
     """The file being written, and how far it is."""
 
-    def __init__(self, out: Path, settings: dict[str, Any]) -> None:
-        self.out, self._settings = out, settings
+    def __init__(self, out: Path, settings: dict[str, Any], has_reward: bool) -> None:
+        self.out, self._settings, self._has_reward = out, settings, has_reward
         self._progress = out.with_name(f"{out.name}.progress")
         self.problems = self.rows = self.replies = self.failed = 0
         self.reward_sum = self.kept_sum = 0.0
-        self._has_reward = False
         if self._progress.is_file():
             self._go_on()
         elif out.exists():
@@ -104,14 +104,13 @@ class Made:
         if size < known["bytes"]:
             raise UsageError(f"{self.out} is shorter than {self._progress.name} says: remove both and begin anew")
         os.truncate(self.out, known["bytes"])  # what was written after the last note
-        for key in ("problems", "rows", "replies", "failed", "reward_sum", "kept_sum"):
+        for key in COUNTS:
             setattr(self, key, known[key])
 
-    def add(self, num_problems: int, groups: Sequence[Group], rows: Sequence[records.Row], has_reward: bool) -> None:
+    def add(self, num_problems: int, groups: Sequence[Group], rows: Sequence[records.Row]) -> None:
         records.append(self.out, "".join(records.encode(row) + "\n" for row in rows), sync=True)
         self.problems += num_problems
         self.rows += len(rows)
-        self._has_reward = has_reward
         for group in groups:
             self.replies += len(group.trajectories)
             self.failed += len(group.dropped)
@@ -120,7 +119,7 @@ class Made:
         self._note()
 
     def _note(self) -> None:
-        state = {key: getattr(self, key) for key in ("problems", "rows", "replies", "failed", "reward_sum", "kept_sum")}
+        state = {key: getattr(self, key) for key in COUNTS}
         state |= {"bytes": self.out.stat().st_size, "settings": self._settings}
         records.replace(self._progress, json.dumps(state))
 

@@ -100,7 +100,7 @@ def as_model(policy: PastPolicy, params: SamplingParams) -> Model:
         def max_tokens(self) -> int | None:
             return params.max_tokens
 
-    return get_model(f"cook/{policy.name.strip()}", memoize=False)
+    return get_model(f"cook/{policy.name}", memoize=False)
 
 
 async def _generate(

@@ -91,11 +91,16 @@ class PairPreference(Measure):
 
     read: Callable[[PastPolicy], Sequence[Datum]]  # chosen, rejected, chosen, ...
     origin: Callable[[PastPolicy], PastPolicy]
+    _before: dict[str, list[float]] = field(default_factory=dict)  # the origin's margins, by base model
 
     def __call__(self, policy: PastPolicy) -> Measured:
         data = self.read(policy)
-        sums = self._margins(policy, data)
-        margins = [mine - before for mine, before in zip(sums, self._margins(self.origin(policy), data), strict=True)]
+        if policy.model.name not in self._before:
+            origin = self.origin(policy)
+            self._before[policy.model.name] = self._margins(origin, data)
+            origin.close()
+        before = self._before[policy.model.name]
+        margins = [mine - its for mine, its in zip(self._margins(policy, data), before, strict=True)]
         accuracy = [(0.5 if abs(margin) < 1e-6 else float(margin > 0), 1.0) for margin in margins]
         return Measured({"held_out/accuracy": accuracy, "held_out/margin_nats": [(margin, 1.0) for margin in margins]})
 
@@ -119,7 +124,7 @@ class EnvScore(Measure):
 
     def __call__(self, policy: PastPolicy) -> Measured:
         problems = list(itertools.islice(self.problems(), self.choice.problems))
-        self.say(f"{policy.name.strip()}: {len(problems)} problems of {self.name}, {self.choice.samples} attempts each")
+        self.say(f"{policy.name}: {len(problems)} problems of {self.name}, {self.choice.samples} attempts each")
         limits = replace(self.limits, on_error="zero", context=min(self.limits.context or policy.context, policy.context))
         if (self.choice.max_tokens or 0) >= (limits.context or 0):
             raise UsageError(f"--max-tokens {self.choice.max_tokens} leaves no room for a prompt in {limits.context} tokens")

@@ -46,7 +46,7 @@ class PastPolicy:
 
     def base(self) -> PastPolicy:
         """The model it was trained from, in the same engine."""
-        sampler = _opened_sampler(self.service, None, self.model.name)
+        sampler = opened_sampler(self.service, None, self.model.name)
         return PastPolicy("base", self.model, self.service, self.renderer, sampler, None)
 
     def close(self) -> None:
@@ -82,7 +82,7 @@ def open_policy(target: str, checkpoint: str = "newest", service: ServiceClient 
         found = find_policy(target, checkpoint)
         mine = service or connect("local", Path("checkpoints"), found.engine)
         try:
-            sampler = _opened_sampler(mine, found.adapter, found.model.name)
+            sampler = opened_sampler(mine, found.adapter, found.model.name)
             renderer = load_renderer(found.model)
             return PastPolicy(found.name, found.model, mine, renderer, sampler, found.adapter, found.run, found.step)
         except UsageError:
@@ -155,7 +155,8 @@ def _model_named(name: str) -> ModelConfig:
     return compose("sft", [word]).config.model
 
 
-def _opened_sampler(service: ServiceClient, adapter: Path | None, base_model: str) -> SamplingClient:
+def opened_sampler(service: ServiceClient, adapter: Path | None, base_model: str) -> SamplingClient:
+    """Wait for the client; what the engine refuses becomes the user's one line."""
     try:
         return service.create_sampling_client(adapter, base_model).result()
     except (ValueError, OSError) as error:  # unknown model, a damaged checkpoint, one of another base

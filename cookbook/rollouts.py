@@ -23,7 +23,7 @@ from cookbook import event_loop
 from cookbook.env_drive import settled
 from cookbook.errors import UsageError
 from cookbook.keys import did_you_mean
-from cookbook.tool_calls import Calls, answer, calls_of
+from cookbook.tool_calls import Calls, answer, read_reply
 from cookbook.tool_prompt import told_of_tools
 from cookbook.trajectories import Ended, Trajectory, Transition
 from core import Future, ModelInput, SampleResponse, SamplingParams
@@ -162,18 +162,12 @@ class Attempt:
             sampled = (await self._client.sample(observation, 1, params)).sequences[0]
         except Exception as error:
             raise SamplingFailed from error
-        message, ended = self._renderer.parse_response(sampled.tokens)
-        as_text = {"role": "assistant", "content": self._text(sampled.tokens)}
-        calls = calls_of(message, ended) if self._env.tools else None
-        if calls is None and message.get("tool_calls"):  # cut short, or there are no tools: it is but text
-            message = as_text
-        self.trajectory.transitions.append(Transition(observation, list(sampled.tokens), list(sampled.logprobs), ended))
-        self.trajectory.messages.append(message)
-        self._conversation.append({**(as_text if self._calls_as_text else message), "tokens": list(sampled.tokens)})
-        return message, calls
-
-    def _text(self, tokens: Sequence[int]) -> str:
-        return self._renderer.decode([token for token in tokens if token not in self._renderer.stop])
+        reply = read_reply(self._renderer, sampled.tokens, bool(self._env.tools))
+        transition = Transition(observation, list(sampled.tokens), list(sampled.logprobs), reply.ended)
+        self.trajectory.transitions.append(transition)
+        self.trajectory.messages.append(reply.message)
+        self._conversation.append(reply.in_conversation(sampled.tokens, self._calls_as_text))
+        return reply.message, reply.calls
 
     def _earn(self, result: StepResult) -> None:
         trajectory = self.trajectory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cookbook.config import EngineConfig
 from cookbook.errors import UsageError
 from cookbook.exporting.subject import Subject
+from cookbook.past_policy import opened_sampler
 from cookbook.service import connect
 
 if TYPE_CHECKING:
@@ -57,19 +59,13 @@ def check_memory(merged: Merged) -> None:
     """Refuse at the start what cannot be reloaded in fp32 at the end."""
     import os
 
-    needed = 4 * sum(_numel(info.shape) for info in merged.tensors)
+    needed = 4 * sum(math.prod(info.shape) for info in merged.tensors)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > free:
         raise UsageError(
             f"checking the export needs {needed / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free:"
             " --no-verify leaves the check out (writing needs a few GB)"
         )
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    import math
-
-    return math.prod(shape)
 
 
 def reference(subject: Subject, renderer: Renderer) -> Reference:
@@ -80,11 +76,8 @@ def reference(subject: Subject, renderer: Renderer) -> Reference:
 
     service = connect("local", Path("checkpoints"), EngineConfig(dtype="float32", device="cpu"))
     prompt = renderer.build_generation_prompt(PROMPT)
-    try:
-        tuned = service.create_sampling_client(subject.adapter, subject.model.name).result()
-        base = service.create_sampling_client(None, subject.model.name).result()
-    except (ValueError, OSError) as error:  # a damaged checkpoint, or one of another base
-        raise UsageError(" ".join(str(error).split())) from error
+    tuned = opened_sampler(service, subject.adapter, subject.model.name)
+    base = opened_sampler(service, None, subject.model.name)
     try:
         rows = [row for row in tuned.top_logprobs(prompt, NUM_LIKELIEST).result() if row is not None]
         likeliest = torch.tensor([[token for token, _ in row] for row in rows])

@@ -20,8 +20,8 @@ def opened() -> tuple[dict[str, Any], Say]:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def say(**message: Any) -> None:
-        out.write(json.dumps(message) + "\n")
+    def say(reply: Any = None, /, **figures: Any) -> None:
+        out.write(json.dumps(figures if reply is None else reply) + "\n")
         out.flush()
 
     return job, say

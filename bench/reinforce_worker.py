@@ -20,7 +20,7 @@ def main() -> None:
     say(ready=True)
     for line in sys.stdin:
         command = json.loads(line)
-        say(**getattr(turns, command.pop("do"))(**command))
+        say(getattr(turns, command.pop("do"))(**command))
 
 
 class Turns:

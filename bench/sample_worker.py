@@ -18,7 +18,7 @@ def main() -> None:
     say(**bench.about())
     for line in sys.stdin:
         command = json.loads(line)
-        say(**getattr(bench, command.pop("do"))(**command))
+        say(getattr(bench, command.pop("do"))(**command))
 
 
 class Bench:

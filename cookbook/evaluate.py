@@ -42,20 +42,22 @@ def evaluate(
         raise UsageError(f"--inspect {inspect} and {words[0]}: one at a time")
     if to is not None and to.exists():
         raise UsageError(f"--to {to} exists already: name another file")
-    policy = open_policy(target, checkpoint)
-    other = _other(policy, against)
 
     def say(line: str) -> None:
         console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
 
+    found = find_policy(target, checkpoint)
+    beside = found.run.directory / "evals" if found.run else to.parent if to else Path()  # of what is left on disk
+    measures = [InspectTask(inspect, choice, beside / "inspect", say)] if inspect else measures_of(found, words, choice, say)
+    policy = open_policy(target, checkpoint)
+    other = _other(policy, against)
     say(f"{policy.name}, {policy.model.name}" + (f"; against {other.name}" if other else ""))
     if other and _others_rows_differ(policy, other, words or inspect):
         say(f"{other.name} held other rows out (its seed or data differ): it may have trained on these")
     rows: list[Row] = []
     items: dict[str, dict[str, list[Item]]] = {}
     attempts: list[records.Row] = []
-    logs = (policy.run.directory / "evals" if policy.run else to.parent if to else Path()) / "inspect"
-    for measure in [InspectTask(inspect, choice, logs, say)] if inspect else measures_of(policy, words, choice, say):
+    for measure in measures:
         mine = measure(policy)
         theirs = measure(other) if other else None
         attempts += mine.attempts
@@ -63,7 +65,7 @@ def evaluate(
             rows.append(_row(name, of_mine, theirs))
             items[name] = {"values": of_mine} | ({"against": theirs.items[name]} if theirs and name in theirs.items else {})
     record = _record(policy, other, words, choice, rows, items)
-    written = to or (_place(policy.run.directory, policy.step) if policy.run else None)
+    written = to or (_place(beside, policy.step) if policy.run else None)
     if written is not None:
         written.parent.mkdir(parents=True, exist_ok=True)
         records.replace(written, records.encode(record) + "\n")
@@ -119,9 +121,9 @@ def _record(
     }  # fmt: skip
 
 
-def _place(run: Path, step: int | None) -> Path:
+def _place(folder: Path, step: int | None) -> Path:
     stem = time.strftime("%Y%m%d-%H%M%S") + (f"-step{step}" if step is not None else "")
-    places = (run / "evals" / f"{stem}{end}.json" for end in ("", *(f"-{n}" for n in range(2, 100))))
+    places = (folder / f"{stem}{end}.json" for end in ("", *(f"-{n}" for n in range(2, 100))))
     return next(place for place in places if not place.exists())
 
 

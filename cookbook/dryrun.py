@@ -14,12 +14,14 @@ from cookbook.errors import UsageError
 from cookbook.memory import peak_memory_gb
 from cookbook.preferences import PreferenceData, load_pairs, load_rated
 from cookbook.progress import duration
-from cookbook.schedule import default_learning_rate, learning_rate_at, total_steps
+from cookbook.schedule import default_learning_rate, learning_rate_at, peak_learning_rate, total_steps
 
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
     from transformers import PreTrainedModel
+
+    from core import ModelInfo
 
 EXPECTED_SHARE = 0.6  # of the measured product rate, at 4 FLOP per weight and token: a guess that holds small models too
 MEASURED_SECONDS = 0.3
@@ -82,14 +84,15 @@ def dry_run(recipe: str, config: SupervisedConfig, console: Console | None = Non
     from rich.console import Console
 
     from cookbook.renderers import load_renderer
-    from cookbook.service import adapter_directory, connect
+    from cookbook.service import connect, start_of
+    from core.clients import ServiceClient
 
     kind = recipe.partition("/")[0]
     if kind not in ("sft", "dpo"):
         raise UsageError("--dry-run knows the recipes of recipes/sft, recipes/rl and recipes/dpo only")
-    options = connect(config.service, Path("checkpoints"), config.engine).options
+    service = connect(config.service, Path("checkpoints"), config.engine)
     if config.init_from is not None:
-        adapter_directory(config.init_from)
+        start_of(service, config.init_from)
     console = console or Console()
     renderer = load_renderer(config.model)
     sizes = {"seed": config.seed, "batch_size": config.batch_size, "max_length": config.max_length}
@@ -102,7 +105,14 @@ def dry_run(recipe: str, config: SupervisedConfig, console: Console | None = Non
         data = load_pairs(config.data, renderer, **sizes, console=console)
     print_sequences(data.sequences(0)[: 1 if kind == "sft" or recipe in UNPAIRED else 2], renderer, console)
     plan = make_plan(config, data, with_reference=kind == "dpo" and recipe not in NO_REFERENCE)
-    for line in [*_plan_lines(config, data, plan), *_model_lines(kind, config, plan, *options.resolve())]:
+    if isinstance(service, ServiceClient):
+        lines = _model_lines(kind, config, plan, *service.options.resolve())
+    else:
+        info = service.info_of(config.model.name)
+        check_longest(plan.longest, info.base_model, info.max_length)
+        peak = peak_learning_rate(config.learning_rate, config.optim, info, "dpo" if kind == "dpo" else "sft")
+        lines = [rate_line(peak, config.optim), served_line(info)]
+    for line in [*_plan_lines(config, data, plan), *lines]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0
 
@@ -144,21 +154,31 @@ def _model_lines(
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return [f"no estimate of memory and time: the configuration of {config.model.name} cannot be had ({reason})"]
-    context = model.config.max_position_embeddings
-    if plan.longest > context:
-        raise UsageError(
-            f"the longest sequence has {plan.longest + 1:,} tokens, the context of {config.model.name} is {context:,}:"
-            f" set max_length={context}"
-        )
+    check_longest(plan.longest, config.model.name, model.config.max_position_embeddings)
     default = default_learning_rate(shape.hidden_size, model.config.model_type, "dpo" if kind == "dpo" else "sft")
     peak = config.learning_rate or default
     learning_rate_at(0, plan.num_steps, peak, config.optim)  # refuses an unknown schedule
     rate = product_rate(dtype, device)
     return [
-        f"rate     {peak:.3g} at its peak, {config.optim.schedule} after {config.optim.warmup_steps} steps of warm-up",
+        rate_line(peak, config.optim),
         *memory_lines(shape, config, plan, dtype, device),
         *time_lines(shape, plan, rate, str(dtype).removeprefix("torch.")),
     ]
+
+
+def check_longest(longest: int, model: str, context: int) -> None:
+    if longest > context:
+        raise UsageError(
+            f"the longest sequence has {longest + 1:,} tokens, the context of {model} is {context:,}: set max_length={context}"
+        )
+
+
+def rate_line(peak: float, optim: OptimConfig) -> str:
+    return f"rate     {peak:.3g} at its peak, {optim.schedule} after {optim.warmup_steps} steps of warm-up"
+
+
+def served_line(info: ModelInfo) -> str:
+    return f"served   by {info.device}: memory and time are that machine's"
 
 
 def model_without_weights(name: str) -> PreTrainedModel:

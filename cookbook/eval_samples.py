@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from cookbook.renderers import Renderer
-    from core import SamplingClient, TrainingClient
+    from cookbook.service import Sampler, Trainer
     from envs.env import Problem
 
 
@@ -40,7 +40,7 @@ class EvalSamples:
     """
 
     def __init__(
-        self, run: Run, config: SamplesConfig, renderer: Renderer, trainer: TrainingClient, held_out: Sequence[Datum], seed: int
+        self, run: Run, config: SamplesConfig, renderer: Renderer, trainer: Trainer, held_out: Sequence[Datum], seed: int
     ) -> None:
         self.run, self.config, self.renderer, self.trainer, self.seed = run, config, renderer, trainer, seed
         for key, least in (("prompts", 0), ("problems", 1), ("samples", 1), ("max_tokens", 1), ("temperature", 0)):
@@ -68,7 +68,7 @@ class EvalSamples:
         finally:
             sampler.close()
 
-    def _answer(self, sampler: SamplingClient, done: int, final: bool) -> None:
+    def _answer(self, sampler: Sampler, done: int, final: bool) -> None:
         if not self.asked:
             return
         params = replace(self.params, temperature=0.0)
@@ -88,7 +88,7 @@ class EvalSamples:
             for before, after in zip(records.read_rows(first), rows, strict=False):
                 self.run.console.print(before_and_after(before, after))
 
-    def _score(self, sampler: SamplingClient, done: int) -> dict[str, float]:
+    def _score(self, sampler: Sampler, done: int) -> dict[str, float]:
         if not self.problems:
             return {}
         groups = self.rollouts.run(self.problems, sampler, self.config.samples, (self.seed, "eval"))

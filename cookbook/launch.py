@@ -34,12 +34,31 @@ def launch(composed: Composed, run_dir: Path | None = None) -> int | None:
             f"cannot write {directory}: {error.strerror}; put it right, or choose another run_dir="
         ) from error
     try:
-        return load_recipe(composed.recipe).main(config)
+        status = load_recipe(composed.recipe).main(config)
     except UsageError as error:
         begun = any((directory / name).exists() for name in ("metrics.jsonl", "checkpoints.jsonl"))
         if is_new and not begun and not disk_full(error.__cause__):
             shutil.rmtree(directory)  # a mistyped path leaves no run behind, and its name= is free again
         raise
+    if getattr(config, "service", "local") != "local":
+        _bring_home(directory)
+    return status
+
+
+def _bring_home(directory: Path) -> None:
+    """The newest adapter of a run on a server, so that chat, eval and export do without it; they try again if this fails."""
+    from rich.console import Console
+
+    from cookbook.progress import CONSOLE
+
+    past = read_run(directory)
+    if not past.checkpoints:
+        return
+    try:
+        line = f"adapter     {past.adapter()}"
+    except UsageError as error:
+        line = f"adapter     {error}"
+    (CONSOLE.get() or Console()).print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def reopen(run: str, overrides: list[str]) -> tuple[Composed, Path]:

@@ -110,13 +110,13 @@ def find_policy(target: str, checkpoint: str = "newest") -> Found:
         except ValueError as error:
             raise UsageError(" ".join(str(error).split())) from error
     past = read_run(run_dir)
-    row = next((row for row in past.checkpoints if past.directory / str(row["path"]) == adapter), None)
+    row = next((row for row in past.checkpoints if past.directory_of(row) == adapter), None)
     return Found(model_of(past), engine_of(past), adapter, past, row["step"] if row else None, name=target)
 
 
 def _of_run(past: PastRun, asked: Which) -> Found:
     adapter = past.adapter(asked)
-    row = next(row for row in past.checkpoints if past.directory / str(row["path"]) == adapter)
+    row = next(row for row in past.checkpoints if past.directory_of(row) == adapter)
     state = ", which is still going" if past.state == "running" else ""
     said = f", {asked}" if isinstance(asked, str) else ""
     name = f"{past.name}, step {row['step']} ({past.state}{said})" if not state else f"{past.name}, step {row['step']}{state}"

@@ -22,14 +22,14 @@ from cookbook.rollout_metrics import eval_metrics, kind_of, step_metrics
 from cookbook.rollouts import Group, Limits, Rollouts
 from cookbook.run import Run, RunConfig
 from cookbook.schedule import peak_learning_rate
-from cookbook.service import connect, new_trainer, opened
+from cookbook.service import connect, new_trainer, opened, resumed
 from core import Datum, ForwardBackwardOutput, ModelInfo, SamplingParams
 from envs.env import Problem
 
 if TYPE_CHECKING:
     import torch
 
-    from core import ServiceClient, TrainingClient
+    from cookbook.service import Service, Trainer
 
 TRUNCATED = ("keep", "mask", "penalise")
 HOPELESS_STEPS = 3  # in a row without a single rollout that did not fail: nothing will come of the run
@@ -97,7 +97,7 @@ class Session:
         self.loss_fn_config = check_config(config)
         _check_off_policy(config, max_steps_off_policy)
         service = connect(config.service, run.store, config.engine)
-        found = run.resume(lambda row: service.create_training_client_from_state_with_optimizer(run.location(row)).result())
+        found = resumed(run, service)
         loading = None if found else new_trainer(service, config.model, config.lora, config.seed, config.init_from)
         loop = found[0]["loop"] if found else {}
         self.done = found[0]["step"] if found else 0
@@ -137,7 +137,7 @@ class Session:
         if config.temperature != 1:
             self.run.note(f"temperature={config.temperature:g}: importance ratios compare it with 1, that of the trainer")
 
-    def _open_reference(self, service: ServiceClient) -> TrainingClient:
+    def _open_reference(self, service: Service) -> Trainer:
         """The policy as it stood at step 0; never stepped, so that a resumed run opens the very same."""
         config = self.config
         return opened(new_trainer(service, config.model, replace(config.lora, rank=1), config.seed, config.init_from))

@@ -8,15 +8,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cookbook.dryrun import Plan, memory_lines, model_without_weights, product_rate, read_shape, time_lines
+from cookbook.dryrun import (
+    Plan,
+    memory_lines,
+    model_without_weights,
+    product_rate,
+    rate_line,
+    read_shape,
+    served_line,
+    time_lines,
+)
 from cookbook.env_drive import opening
 from cookbook.environments import problems_of
 from cookbook.errors import UsageError
 from cookbook.renderers import load_renderer
 from cookbook.rl import RLConfig, check_config, limits_of
-from cookbook.schedule import default_learning_rate, learning_rate_at
-from cookbook.service import adapter_directory, connect
+from cookbook.schedule import default_learning_rate, learning_rate_at, peak_learning_rate
+from cookbook.service import connect, start_of
 from cookbook.tool_prompt import told_of_tools
+from core.clients import ServiceClient
 
 if TYPE_CHECKING:
     import torch
@@ -47,15 +57,21 @@ class Workload:
 def dry_run(config: RLConfig, console: Console) -> None:
     """Print all of it; UsageError where a run would stop."""
     check_config(config)
-    options = connect(config.service, Path("checkpoints"), config.engine).options
+    service = connect(config.service, Path("checkpoints"), config.engine)
     if config.init_from is not None:
-        adapter_directory(config.init_from)
+        start_of(service, config.init_from)
     problem = next(problems_of(config, "train", console=console))
     num_evaluated = sum(1 for _ in itertools.islice(problems_of(config, "eval"), config.eval.problems))
     between = (config.steps - 1) // config.eval_every if config.eval_every > 0 else 0
     prompt = _show_prompt(problem, load_renderer(config.model), console)
     load = Workload(prompt, num_evaluated, 2 + between if num_evaluated else 0)
-    for line in [*_plan_lines(config, load), *_model_lines(config, load, *options.resolve())]:
+    if isinstance(service, ServiceClient):
+        lines = _model_lines(config, load, *service.options.resolve())
+    else:
+        info = service.info_of(config.model.name)
+        _check_room(config, load, info.base_model, info.max_length)
+        lines = [rate_line(peak_learning_rate(config.learning_rate, config.optim, info, "rl"), config.optim), served_line(info)]
+    for line in [*_plan_lines(config, load), *lines]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -89,10 +105,7 @@ def _model_lines(config: RLConfig, load: Workload, dtype: torch.dtype, device: t
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return [f"no estimate of memory and time: the configuration of {config.model.name} cannot be had ({reason})"]
-    context = limits_of(config, config.model.name, model.config.max_position_embeddings).context
-    assert context is not None
-    if load.prompt >= context:
-        raise UsageError(f"the first prompt has {load.prompt:,} tokens, the context {context:,}: there is no room for a reply")
+    _check_room(config, load, config.model.name, model.config.max_position_embeddings)
     peak = config.learning_rate or default_learning_rate(shape.hidden_size, model.config.model_type, "rl")
     learning_rate_at(0, config.steps, peak, config.optim)  # refuses an unknown schedule
     plan = load.plan(config)
@@ -100,9 +113,16 @@ def _model_lines(config: RLConfig, load: Workload, dtype: torch.dtype, device: t
     # Sampling takes half the FLOP of training, but products of few rows reach half the rate.
     timed = replace(plan, step_tokens=plan.step_tokens + load.sampled(config))
     return [
-        f"rate     {peak:.3g} at its peak, {config.optim.schedule} after {config.optim.warmup_steps} steps of warm-up",
+        rate_line(peak, config.optim),
         *memory_lines(shape, config, plan, dtype, device),
         f"         and keys and values of {plan.step_tokens:,.0f} tokens {cache / 1e9:.2f}, if all are sampled at once",
         *time_lines(shape, timed, product_rate(dtype, device), str(dtype).removeprefix("torch.")),
         "         and one turn an attempt; less where replies are shorter and groups agree, more where an env takes time",
     ]
+
+
+def _check_room(config: RLConfig, load: Workload, model: str, most: int) -> None:
+    context = limits_of(config, model, most).context
+    assert context is not None
+    if load.prompt >= context:
+        raise UsageError(f"the first prompt has {load.prompt:,} tokens, the context {context:,}: there is no room for a reply")

@@ -83,6 +83,7 @@ class Run:
     ) -> None:
         self.dir = _run_directory(config, recipe)
         self.dir.mkdir(parents=True, exist_ok=True)
+        self.at_end = contextlib.ExitStack()  # closed when the block ends, however it does
         self._lock = records.Lock(self.dir)
         try:
             self._open(config, recipe, best, best_is)
@@ -258,9 +259,7 @@ class Run:
             self._report.at_checkpoint()
         return row
 
-    def finish(
-        self, status: Status | None = None, *, steps: int | None = None, checkpoint: str | None = None
-    ) -> Result:
+    def finish(self, status: Status | None = None, *, steps: int | None = None, checkpoint: str | None = None) -> Result:
         """Write result.json and say it on the screen. The end of the block does it for a recipe that does not.
 
         Defaults: `interrupted` when someone asked to stop before the last step, else `completed`; the last step logged;
@@ -300,6 +299,7 @@ class Run:
             else:
                 self._fail(error)
         finally:
+            self.at_end.close()
             self._progress.close()
             self._tracking.finish(1 if failed else 0)
             self._interrupts.restore()

@@ -1,4 +1,6 @@
-"""Runs on disk, read and never written: found by directory or by name, going on, ended, killed, torn or of an older version."""
+"""Runs on disk, found by directory or by name, going on, ended, killed, torn or of an older version. They are read and never
+written, but for adapters that are fetched from a server.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from cookbook import records
 from cookbook.checkpoints import CheckpointRow
 from cookbook.errors import UsageError
 from cookbook.keys import did_you_mean
+from cookbook.remote_adapter import local_adapter, place_of
 
 State: TypeAlias = Literal["running", "completed", "interrupted", "failed", "killed"]
 Direction: TypeAlias = Literal["min", "max"]
@@ -99,8 +102,13 @@ class PastRun:
         named += [key for row in self.checkpoints[-1:] for key in row.get("metrics", {})]
         return (named[0], "min" if falls(named[0]) else "max") if named else None
 
+    def directory_of(self, row: CheckpointRow) -> Path:
+        """Where the checkpoint lies; of one on a server, where its adapter is once it has been fetched."""
+        path = row.get("path")
+        return place_of(self.directory, row["uri"]) if path is None else self.directory / str(path)
+
     def adapter(self, which: Literal["newest", "best"] | int = "newest") -> Path:
-        """The directory of a checkpoint, by step or as named. UsageError when there is none such on this machine."""
+        """The directory of a checkpoint, by step or as named; one on a server is fetched. UsageError if it cannot be had."""
         rows = self.checkpoints
         if not rows:
             what = "wait for its first" if self.state == "running" else f"cook resume {self.name}"
@@ -113,8 +121,8 @@ class PastRun:
             lacks = "evaluated checkpoint" if which == "best" else f"checkpoint of step {which}"
             raise UsageError(f"{self.name} has no {lacks}; there are those of steps {steps}")
         if row.get("path") is None:
-            raise UsageError(f"checkpoint {row['uri']} of {self.name} lies on a server: it has no directory here")
-        return self.directory / str(row["path"])
+            return local_adapter(self.directory, self.config.get("service"), row["uri"])
+        return self.directory_of(row)
 
 
 def read_run(run: str | Path) -> PastRun:

@@ -1,30 +1,56 @@
-"""Where training happens: the engine in this process. A server's URL will give the same verbs over the wire."""
+"""Where training happens: the engine in this process, or a Tinker server with the same verbs over the wire."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias, overload
 
 from cookbook import records
 from cookbook.config import EngineConfig, LoraConfig, ModelConfig
 from cookbook.errors import UsageError
 
 if TYPE_CHECKING:
-    from core import Future, ModelInfo, ServiceClient, TrainingClient
+    from cookbook.checkpoints import CheckpointRow
+    from cookbook.remote import RemoteSampler, RemoteService, RemoteTrainer
+    from cookbook.run import Run
+    from core import Future, ModelInfo, SamplingClient, ServiceClient, TrainingClient
+
+    Service: TypeAlias = ServiceClient | RemoteService
+    Trainer: TypeAlias = TrainingClient | RemoteTrainer
+    Sampler: TypeAlias = SamplingClient | RemoteSampler
 
 
-def connect(service: str, store: Path, engine: EngineConfig) -> ServiceClient:
-    """The service of a run; `store` is where its checkpoints go."""
-    if service != "local":
-        raise UsageError(f"service={service}: only service=local exists in this version")
+@overload
+def connect(service: Literal["local"], store: Path, engine: EngineConfig) -> ServiceClient: ...
+@overload
+def connect(service: str, store: Path, engine: EngineConfig) -> Service: ...
+def connect(service: str, store: Path, engine: EngineConfig) -> Service:
+    """The service of a run; `store` is where the checkpoints of one in process go."""
+    return connect_local(store, engine) if service == "local" else connect_remote(service, engine)
+
+
+def connect_remote(service: str, engine: EngineConfig) -> RemoteService:
+    """The server behind a URL, or the hosted Tinker. Of `engine`, which is the server's, only token_budget counts."""
+    from cookbook.remote_server import Server
+
+    _check_counts(engine)
+    server = Server.named(service)
+    try:
+        from cookbook.remote import RemoteService
+    except ImportError as error:
+        add = "uv sync --extra remote, or pip install 'cook-post-training[remote]'"
+        raise UsageError(f"service={service} needs the tinker SDK: {add}") from error
+    return RemoteService(server, engine.token_budget)
+
+
+def connect_local(store: Path, engine: EngineConfig) -> ServiceClient:
+    """The engine in this process."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401  two threads at it meet half a module
 
     from core import EngineOptions, ServiceClient
 
-    for key, least in (("token_budget", 1), ("kv_tokens", 64)):
-        if (value := getattr(engine, key)) is not None and value < least:
-            raise UsageError(f"engine.{key}={value}: expected at least {least}, or null (by machine)")
+    _check_counts(engine)
     if not 0 < engine.train_share <= 1:
         raise UsageError(f"engine.train_share={engine.train_share:g}: expected more than 0 and at most 1")
     options = EngineOptions(
@@ -42,15 +68,40 @@ def connect(service: str, store: Path, engine: EngineConfig) -> ServiceClient:
     return ServiceClient(store, options)
 
 
+def _check_counts(engine: EngineConfig) -> None:
+    for key, least in (("token_budget", 1), ("kv_tokens", 64)):
+        if (value := getattr(engine, key)) is not None and value < least:
+            raise UsageError(f"engine.{key}={value}: expected at least {least}, or null (by machine)")
+
+
+def resumed(run: Run, service: Service) -> tuple[CheckpointRow, Trainer] | None:
+    """The run's newest checkpoint that loads, with a client of it. A session on a server ends with the run, and checkpoints
+    there go when the run lets go of them.
+    """
+    from core.clients import ServiceClient
+
+    if not isinstance(service, ServiceClient):
+        run.checkpoints.let_go = service.delete_checkpoint
+        run.at_end.callback(service.close)
+    return run.resume(lambda row: service.create_training_client_from_state_with_optimizer(run.location(row)).result())
+
+
 def new_trainer(
-    service: ServiceClient, model: ModelConfig, lora: LoraConfig, seed: int, init_from: str | None
-) -> Future[TrainingClient]:
+    service: Service, model: ModelConfig, lora: LoraConfig, seed: int, init_from: str | None
+) -> Future[TrainingClient] | Future[RemoteTrainer]:
     """A fresh adapter, or one that starts from another run's weights (with that adapter's own rank and targets)."""
     if init_from is None:
         return service.create_lora_training_client(
             model.name, lora.rank, seed, lora.train_mlp, lora.train_attn, lora.train_unembed
         )
-    return service.create_training_client_from_state(adapter_directory(init_from), model.name)
+    return service.create_training_client_from_state(start_of(service, init_from), model.name)
+
+
+def start_of(service: Service, init_from: str) -> Path | str:
+    """What the service loads `init_from` from."""
+    from core.clients import ServiceClient
+
+    return adapter_directory(init_from) if isinstance(service, ServiceClient) else service.start_of(init_from)
 
 
 def adapter_directory(init_from: str) -> Path:
@@ -73,6 +124,10 @@ def adapter_directory(init_from: str) -> Path:
         checkpoint = directory / str(row["path"])
         if (checkpoint / "adapter_config.json").exists():
             return checkpoint
+    if rows and rows[-1]["path"] is None:
+        from cookbook.run_reader import read_run
+
+        return read_run(directory).adapter()
     raise UsageError(f"init_from={init_from}: neither a run with a checkpoint nor an adapter directory")
 
 
@@ -85,8 +140,9 @@ def check_context(max_length: int, info: ModelInfo) -> None:
         )
 
 
-def opened(trainer: Future[TrainingClient]) -> TrainingClient:
+def opened(trainer: Future[TrainingClient] | Future[RemoteTrainer] | None) -> Trainer:
     """Wait for the client; what the engine refuses becomes the user's one line."""
+    assert trainer is not None
     try:
         return trainer.result()
     except ValueError as error:  # unknown model, unsupported architecture, a checkpoint of another base

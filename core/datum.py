@@ -141,7 +141,7 @@ class ModelInfo:
     hidden_size: int
     vocab_size: int
     max_length: int  # context, in tokens
-    num_parameters: int
+    num_parameters: int | None  # None: a server did not say
     dtype: str
     device: str
     token_budget: int  # tokens per micro-batch
@@ -149,7 +149,7 @@ class ModelInfo:
 
 @dataclass
 class SaveOutput:
-    """`path` is the tinker:// URI; `directory` the same place on this machine's disk."""
+    """`path` is the tinker:// URI; `directory` the same place on this machine's disk, None if it lies on a server."""
 
     path: str
-    directory: str
+    directory: str | None

@@ -21,10 +21,10 @@ MODEL = str(tiny_model_dir())
 
 
 @contextlib.contextmanager
-def serving(store: Path, **limits: int | float) -> Iterator[tuple[str, Server]]:
+def serving(store: Path, port: int = 0, **limits: int | float) -> Iterator[tuple[str, Server]]:
     """Its URL and its state; it is shut down at the end as by SIGTERM."""
     server = Server(service_at(store), [MODEL], Store(store), Limits(**limits))  # type: ignore[arg-type]
-    listening = listen("127.0.0.1", 0)
+    listening = listen("127.0.0.1", port)
     config = uvicorn.Config(create_app(server), log_level="warning", timeout_graceful_shutdown=2)
     web = uvicorn.Server(config)
     thread = threading.Thread(target=web.run, args=([listening],), daemon=True)

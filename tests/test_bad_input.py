@@ -307,7 +307,7 @@ def test_a_hub_model_without_a_network_is_told_at_once(tmp_path: Path, rows: Pat
         ({"engine_device": "cuda:99"}, None),
         ({"engine_device": "gpu"}, "engine.device=gpu: expected auto, cpu, cuda or cuda:N"),
         ({"engine_token_budget": 0}, "engine.token_budget=0: expected at least 1, or null (by machine)"),
-        ({"service": "http://localhost:1"}, "service=http://localhost:1: only service=local exists in this version"),
+        ({"service": "http://"}, "service=http://: expected local, tinker, or the URL of a server such as http://box:8000"),
         (
             {"model_chat_template": "chatlm"},
             "model.chat_template is 'chatlm', expected chatml, plain or a .jinja file; did you mean 'chatml'?",

@@ -113,7 +113,7 @@ def test_sequences_must_fit_the_models_context(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("service", "engine", "message"),
     [
-        ("lokal", EngineConfig(), "service=lokal: only service=local exists in this version"),
+        ("lokal", EngineConfig(), "service=lokal: expected local, tinker, or the URL of a server such as http://box:8000"),
         ("local", EngineConfig(dtype="fp32"), "engine.dtype=fp32, expected auto, bfloat16 or float32"),
         ("local", EngineConfig(device="gpu"), "engine.device=gpu: expected auto, cpu, cuda or cuda:N"),
         ("local", EngineConfig(token_budget=-1), "engine.token_budget=-1: expected at least 1, or null (by machine)"),

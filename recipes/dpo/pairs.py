@@ -44,7 +44,7 @@ class Shared:
     save_every: int = 50  # steps; 0: only at the end (the best evaluated weights are saved too)
     save_minutes: float = 10.0  # also after so many minutes; 0: never
     keep_last: int = 3  # checkpoints kept, beside the best and the final one
-    service: str = "local"  # local, or the URL of a server
+    service: str = "local"  # local, the URL of a server, or tinker: the hosted one
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=lambda: DataConfig(name="gsm_symbolic_pairs"))

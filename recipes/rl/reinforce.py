@@ -33,7 +33,7 @@ from cookbook.trajectories import data_of
 from core import Datum, ForwardBackwardOutput, Future, OptimStepOutput
 
 if TYPE_CHECKING:
-    from core import TrainingClient
+    from cookbook.service import Trainer
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Config:
     save_every: int = 20  # steps; 0: only at the end (the best evaluated weights are saved too)
     save_minutes: float = 10.0  # also after so many minutes; 0: never
     keep_last: int = 3  # checkpoints kept, beside the best and the final one
-    service: str = "local"  # local, or the URL of a server
+    service: str = "local"  # local, the URL of a server, or tinker: the hosted one
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     env: dict[str, Any] = field(default_factory=lambda: {"name": "arithmetic"})  # its keys: cook rl env=NAME --cfg job
@@ -105,7 +105,7 @@ def main(config: Config) -> None:
             session.finish(groups, metrics)
 
 
-def penalise_distance(reference: TrainingClient, data_PD: list[list[Datum]], weight: float) -> dict[str, float]:
+def penalise_distance(reference: Trainer, data_PD: list[list[Datum]], weight: float) -> dict[str, float]:
     """Take weight * (log p_sampled - log p_reference) off the advantage of each sampled token, less its mean over the batch.
 
     In expectation that is the gradient of -weight * KL(policy || reference), token by token; the mean is a baseline.

@@ -24,7 +24,7 @@ from cookbook.memory import peak_memory_gb
 from cookbook.renderers import load_renderer
 from cookbook.run import Run
 from cookbook.schedule import adam_at, peak_learning_rate, total_steps
-from cookbook.service import check_context, connect, new_trainer, opened
+from cookbook.service import check_context, connect, new_trainer, opened, resumed
 from core import Datum, ForwardBackwardOutput, Future, OptimStepOutput
 
 
@@ -43,7 +43,7 @@ class Config:
     save_every: int = 50  # steps; 0: only at the end (the best evaluated weights are saved too)
     save_minutes: float = 10.0  # also after so many minutes; 0: never
     keep_last: int = 3  # checkpoints kept, beside the best and the final one
-    service: str = "local"  # local, or the URL of a server
+    service: str = "local"  # local, the URL of a server, or tinker: the hosted one
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -56,7 +56,7 @@ class Config:
 def main(config: Config) -> None:
     with Run(config, "sft/chat", best="eval/held_out/nll") as run:
         service = connect(config.service, run.store, config.engine)
-        found = run.resume(lambda row: service.create_training_client_from_state_with_optimizer(run.location(row)).result())
+        found = resumed(run, service)
         loading = None if found else new_trainer(service, config.model, config.lora, config.seed, config.init_from)
         renderer = load_renderer(config.model)  # while the model loads
         data = load_supervised(

@@ -1,7 +1,7 @@
 """One frozen base model, one thread, many adapters.
 
-Exactly one thread touches the modules. When a pass ends it takes what is queued: each client's operations run in the order of
-submission, and the forward_backward requests at the heads of different clients' queues share packed micro-batches.
+Exactly one thread touches the modules. Between two micro-batches it takes what is queued: each client's operations run in the
+order of submission, and the forward_backward requests at the heads of different clients' queues share packed micro-batches.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 
 from core.machine import (
     EngineOptions,
@@ -24,27 +23,21 @@ from core.machine import (
 import torch  # isort: skip
 
 from core.custom import CustomObjective, evaluate_custom, finish_custom
-from core.datum import ForwardBackwardOutput, LoraConfig
+from core.datum import LoraConfig
 from core.decoder import Decoder
 from core.futures import Future
 from core.lora import Adapter, ComputeCopies, Geometry, Segment, Weights
 from core.models import fingerprint, load_base
 from core.objective import Objective, Term
 from core.packing import Item, cut, lay_out
+from core.passes import Passes, Progress, Tenant
 from core.request import Call, PassRequest, SampleRequest
 from core.sampler import Sampler
 from core.sampling import top_logprobs
 
+CALLS_PER_ROUND = 8  # of one client, between two micro-batches of others
 log = logging.getLogger("cook.engine")
 PromptLogprobs = tuple[list[float | None], list[list[tuple[int, float]] | None] | None]
-
-
-@dataclass(eq=False)  # two idle tenants are still two
-class Tenant:
-    """One client's queue."""
-
-    queue: deque[PassRequest | Call] = field(default_factory=deque)
-    left: bool = False
 
 
 class Engine:
@@ -67,6 +60,7 @@ class Engine:
         self._holds = 0  # while above 0, arrivals wait
         self._geometries: dict[tuple[bool, bool, bool], Geometry] = {}
         self._tenants: list[Tenant] = []
+        self._passes = Passes()
         self._wake = threading.Condition()
         self._stopping = self._dropped = False
         self._thread = threading.Thread(target=self._serve, name=f"engine {base_model}", daemon=True)
@@ -143,34 +137,40 @@ class Engine:
         self._thread.join()
 
     def _serve(self) -> None:
-        while self._serve_heads():
+        while self._round():
             pass
 
-    def _serve_heads(self) -> bool:
-        """Wait, then do the first operation of every queue and sample a step; False at the end.
+    def _round(self) -> bool:
+        """Wait, take up what is queued, compute one micro-batch and sample; False at the end.
 
         No local outlives it: adapters are large.
         """
         with self._wake:
-            while not (any(tenant.queue for tenant in self._tenants) or self._arrived or self.sampler.busy):
+            while not (self._passes or self._ready or self._arrived or self.sampler.busy):
                 if self._stopping:
                     return False
                 self._wake.wait()
-            if self._dropped:
+            if self._dropped and not self._passes:
                 return False
-            heads = [tenant.queue.popleft() for tenant in self._tenants if tenant.queue]
-        calls = [operation for operation in heads if isinstance(operation, Call)]
-        requests = [operation for operation in heads if isinstance(operation, PassRequest)]
-        for call in calls:
-            call.future.resolve(call.work)
-        customs = [request for request in requests if request.custom is not None]
-        for request in customs:
-            self._guard([request], lambda request=request: self._run_custom(request))
-        plain = [request for request in requests if request.custom is None]
-        if plain:
-            self._guard(plain, lambda plain=plain: self._run_pass(plain))
-        self._sample(seconds=0.0)
+        for _ in range(CALLS_PER_ROUND):
+            with self._wake:
+                heads = [(tenant, tenant.queue.popleft()) for tenant in self._ready]
+            for tenant, operation in heads:
+                self._take_up(tenant, operation)
+        self._sample(self._run_next() * (1 / self.train_share - 1))
         return True
+
+    @property
+    def _ready(self) -> list[Tenant]:
+        return [tenant for tenant in self._tenants if tenant.ready]
+
+    def _take_up(self, tenant: Tenant, operation: PassRequest | Call) -> None:
+        if isinstance(operation, Call):
+            operation.future.resolve(operation.work)
+        elif operation.custom is None:
+            self._passes.add(operation, tenant)
+        else:
+            self._guard(operation)
 
     @property
     def _arrived(self) -> bool:
@@ -195,39 +195,42 @@ class Engine:
             if time.monotonic() >= end:
                 return
 
-    def _guard(self, requests: list[PassRequest], run: Callable[[], None]) -> None:
-        """A pass that fails midway leaves no half-summed gradient behind."""
+    def _guard(self, request: PassRequest) -> None:
+        """A custom pass that fails midway leaves no half-summed gradient behind."""
         try:
-            run()
+            self._run_custom(request)
         except BaseException as error:
-            for request in requests:
-                if isinstance(request.adapter, Adapter) and request.train and not request.future.done():
-                    request.adapter.clear_grad()
-                request.future.set_exception(error)
+            if isinstance(request.adapter, Adapter) and request.train and not request.future.done():
+                request.adapter.clear_grad()
+            request.future.set_exception(error)
 
-    def _run_pass(self, requests: list[PassRequest]) -> None:
-        outputs: list[list[torch.Tensor]] = [[torch.empty(0)] * len(request.data) for request in requests]
-        sums = [0.0] * len(requests)
-        for train in (True, False):
-            items = [item for n, request in enumerate(requests) if request.train is train for item in request.items(n)]
-            self._run_items(requests, items, train, outputs, sums)
-        for request, logprobs, total in zip(requests, outputs, sums, strict=True):
-            results = [{"logprobs": lp.reshape(d.shape)} for lp, d in zip(logprobs, request.data, strict=True)]
-            request.future.set_result(ForwardBackwardOutput(results, {"loss:sum": total}))
+    def _run_next(self) -> float:
+        """One micro-batch of the passes under way, if there are any; how many seconds it took."""
+        if not self._passes:
+            return 0.0
+        start = time.monotonic()
+        batch, train = self._passes.next(self.token_budget)
+        try:
+            self._run_micro_batch(self._passes.progress, batch, train)
+        except torch.OutOfMemoryError as error:
+            self._passes.put_back()
+            try:
+                self._shrink(batch, error)
+            except torch.OutOfMemoryError as hopeless:
+                self._passes.fail(batch, hopeless)
+        except BaseException as error:
+            self._passes.fail(batch, error)
+        else:
+            self._passes.settle(batch)
+        return time.monotonic() - start
 
-    def _run_items(
-        self,
-        requests: list[PassRequest],
-        items: list[Item],
-        train: bool,
-        outputs: list[list[torch.Tensor]],
-        sums: list[float],
-    ) -> None:
-        waiting = deque(cut(items, self.token_budget))
+    def _run_alone(self, progress: Progress, train: bool) -> None:
+        """All of a custom request's micro-batches, sampling in between."""
+        waiting = deque(cut(progress.request.items(0), self.token_budget))
         while waiting:
             batch, start = waiting.popleft(), time.monotonic()
             try:
-                self._run_micro_batch(requests, batch, train, outputs, sums)
+                self._run_micro_batch({0: progress}, batch, train)
             except torch.OutOfMemoryError as error:
                 self._shrink(batch, error)
                 waiting.extendleft(reversed(cut(batch, self.token_budget)))
@@ -251,16 +254,9 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _run_micro_batch(
-        self,
-        requests: list[PassRequest],
-        batch: list[Item],
-        train: bool,
-        outputs: list[list[torch.Tensor]],
-        sums: list[float],
-    ) -> None:
+    def _run_micro_batch(self, passes: Mapping[int, Progress], batch: list[Item], train: bool) -> None:
         rows, ordered = lay_out(batch, self.copies, self.device, train, self.decoder.exact)
-        objective = Objective(self._terms(requests, ordered), rows.targets.shape, self.device)
+        objective = Objective(self._terms(passes, ordered), rows.targets.shape, self.device)
         if rows.targets.shape[0] == 0:  # every weight is 0: so is the gradient
             logprobs = rows.targets.float()
             for adapter in (item.adapter for item in ordered if train):
@@ -274,7 +270,7 @@ class Engine:
         if len(logprobs) and _overflowed(rows.segments, logprobs):
             for adapter in {id(item.adapter): item.adapter for item in batch}.values():
                 alone = [item for item in batch if item.adapter is adapter]
-                self._run_micro_batch(requests, alone, train, outputs, sums)
+                self._run_micro_batch(passes, alone, train)
             return
         if train and len(logprobs):
             for segment in rows.segments:
@@ -283,13 +279,10 @@ class Engine:
         for item in ordered:
             span = slice(start, start + item.num_wanted)
             start = span.stop
-            sums[item.request] += float(losses[span].sum(dtype=torch.float64))
-            outputs[item.request][item.index] = item.spread(logprobs[span])
+            passes[item.request].take(item, logprobs[span], float(losses[span].sum(dtype=torch.float64)))
 
     @torch.no_grad()
-    def prompt_logprobs(
-        self, prompt: list[int], weights: Weights, top_k: int, temperature: float = 1.0
-    ) -> PromptLogprobs:
+    def prompt_logprobs(self, prompt: list[int], weights: Weights, top_k: int, temperature: float = 1.0) -> PromptLogprobs:
         """Logprobs (T = 1) of a prompt's tokens and, if asked for, the likeliest ones (at `temperature`).
 
         For the engine's thread.
@@ -306,10 +299,11 @@ class Engine:
             return logprobs, None
         return logprobs, [None, *top_logprobs(self.decoder, x[rows.selected], rows.segments[0], top_k, temperature)]
 
-    def _terms(self, requests: list[PassRequest], ordered: list[Item]) -> list[Term]:
+    def _terms(self, passes: Mapping[int, Progress], ordered: list[Item]) -> list[Term]:
         terms, start = [], 0
         for item in ordered:
-            request, datum = requests[item.request], requests[item.request].data[item.index]
+            request = passes[item.request].request
+            datum = request.data[item.index]
             chosen = slice(None) if item.wanted is None else item.wanted
             span = slice(start, start + item.num_wanted)
             start = span.stop
@@ -323,31 +317,31 @@ class Engine:
 
     def _run_custom(self, request: PassRequest) -> None:
         """Logprobs, the caller's loss on them, then its gradient through an ordinary pass."""
-        outputs: list[list[torch.Tensor]] = [[torch.empty(0)] * len(request.data)]
+        progress = Progress.of(request)
         batches = cut(request.items(0), self.token_budget)
         assert request.custom is not None
         if len(batches) == 1 and request.train and any(item.num_wanted for item in batches[0]):
             try:
-                self._run_custom_at_once(request, batches[0], outputs)
+                self._run_custom_at_once(progress, batches[0])
                 return
             except torch.OutOfMemoryError as error:
                 self._shrink(batches[0], error)
-        self._run_items([request], request.items(0), False, outputs, [0.0])
-        loss, metrics, request.gradients = evaluate_custom(request, outputs[0])
+        self._run_alone(progress, train=False)
+        loss, metrics, request.gradients = evaluate_custom(request, progress.outputs)
         if request.train:
-            self._run_items([request], request.items(0), True, outputs, [0.0])
-        finish_custom(request, outputs[0], loss, metrics)
+            self._run_alone(progress, train=True)
+        finish_custom(request, progress.outputs, loss, metrics)
 
-    def _run_custom_at_once(self, request: PassRequest, batch: list[Item], outputs: list[list[torch.Tensor]]) -> None:
+    def _run_custom_at_once(self, progress: Progress, batch: list[Item]) -> None:
         """One forward and one backward: the loss is evaluated between the head's two runs."""
         rows, ordered = lay_out(batch, self.copies, self.device, True, self.decoder.exact)
-        objective = CustomObjective(request, ordered, rows.targets.shape, self.device)
+        objective = CustomObjective(progress.request, ordered, rows.targets.shape, self.device)
         logprobs = self.decoder.train(rows, objective, self.recompute)
         for segment in rows.segments:
             segment.fold()
         for item, lp in zip(ordered, logprobs.cpu().split([item.num_wanted for item in ordered]), strict=True):
-            outputs[0][item.index] = item.spread(lp)
-        finish_custom(request, outputs[0], objective.loss, objective.metrics)
+            progress.take(item, lp, 0.0)
+        finish_custom(progress.request, progress.outputs, objective.loss, objective.metrics)
 
 
 def _overflowed(segments: Sequence[Segment], logprobs: torch.Tensor) -> bool:

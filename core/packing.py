@@ -5,7 +5,7 @@ Gradients are sums, so where the cuts fall changes nothing but rounding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -44,16 +44,19 @@ class Item:
         return values if self.wanted is None else torch.zeros(self.targets.shape).index_copy_(0, self.wanted, values)
 
 
-def cut(items: Sequence[Item], token_budget: int) -> list[list[Item]]:
+Standing = Mapping[int, tuple[float, int]]  # by number of the request: smaller comes first
+
+
+def cut(items: Sequence[Item], token_budget: int, standing: Standing | None = None) -> list[list[Item]]:
     """Micro-batches of about `token_budget` rows each, each of one K.
 
     Sequences of one adapter that begin alike come one after another, longer ones first, so that they share rows and like
-    lengths share a micro-batch. The cuts are even: as few batches as the budget allows on average, over it by less than one
-    sequence.
+    lengths share a micro-batch; adapters in the order of their requests' `standing`, then of their ranks. The cuts are even:
+    as few batches as the budget allows on average, over it by less than one sequence.
     """
     batches: list[list[Item]] = []
     for k in sorted({item.targets.shape[1] for item in items}):
-        members = _in_order([item for item in items if item.targets.shape[1] == k])
+        members = _in_order([item for item in items if item.targets.shape[1] == k], standing or {})
         total = sum(rows for _, rows in members)
         even = total / max(1, -(-total // token_budget))
         batch: list[Item] = []
@@ -68,13 +71,17 @@ def cut(items: Sequence[Item], token_budget: int) -> list[list[Item]]:
     return batches
 
 
-def _in_order(items: Sequence[Item]) -> list[tuple[Item, int]]:
+def _in_order(items: Sequence[Item], standing: Standing) -> list[tuple[Item, int]]:
     """Items adapter by adapter, like ranks together, with the rows that each adds to the one before."""
     by_adapter: dict[int, list[Item]] = {}
     for item in items:
         by_adapter.setdefault(id(item.adapter), []).append(item)
     found: list[tuple[Item, int]] = []
-    for mine in sorted(by_adapter.values(), key=lambda mine: (mine[0].adapter.config.rank, mine[0].request)):
+
+    def place(mine: list[Item]) -> tuple[tuple[float, int], int, int]:
+        return min(standing.get(i.request, (0.0, 0)) for i in mine), mine[0].adapter.config.rank, mine[0].request
+
+    for mine in sorted(by_adapter.values(), key=place):
         indices, rows = order([item.tokens for item in mine])
         found += zip((mine[i] for i in indices), rows, strict=True)
     return found

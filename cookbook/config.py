@@ -102,6 +102,7 @@ class EngineConfig:
     train_share: float = 0.5  # of the time, for training while samples wait too
     cuda_graphs: bool = True  # capture decode steps on CUDA (off: to measure what it gains, or to debug)
     exact: bool = False  # numbers of a sequence do not depend on what runs beside it, in bf16 too; several times slower
+    park_after: float | None = None  # s unused until an adapter waits in host memory; null: 600 on CUDA, else never
 
 
 @dataclass

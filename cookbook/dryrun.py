@@ -145,9 +145,7 @@ def _plan_lines(config: SupervisedConfig, data: SupervisedData | PreferenceData,
     ]
 
 
-def _model_lines(
-    kind: str, config: SupervisedConfig, plan: Plan, dtype: torch.dtype, device: torch.device
-) -> list[str]:
+def _model_lines(kind: str, config: SupervisedConfig, plan: Plan, dtype: torch.dtype, device: torch.device) -> list[str]:
     try:
         model = model_without_weights(config.model.name)
         shape = read_shape(model, config.lora)
@@ -236,7 +234,7 @@ def token_budget(asked: int | None, shape: Shape, element: int, device: torch.de
         return asked
     from core import machine
 
-    return machine.token_budget(device, activation_bytes(shape, element), reserved=shape.num_parameters * element)
+    return machine.token_budget(device, activation_bytes(shape, element), element, reserved=shape.num_parameters * element)
 
 
 def memory_lines(shape: Shape, config: EnginesConfig, plan: Plan, dtype: torch.dtype, device: torch.device) -> list[str]:

@@ -55,7 +55,7 @@ def connect_local(store: Path, engine: EngineConfig) -> ServiceClient:
         raise UsageError(f"engine.train_share={engine.train_share:g}: expected more than 0 and at most 1")
     options = EngineOptions(
         engine.dtype, engine.device, engine.token_budget, engine.kv_tokens, engine.train_share, engine.cuda_graphs,
-        engine.exact,
+        engine.exact, engine.park_after,
     )  # fmt: skip
     try:
         _, device = options.resolve()
@@ -69,7 +69,7 @@ def connect_local(store: Path, engine: EngineConfig) -> ServiceClient:
 
 
 def _check_counts(engine: EngineConfig) -> None:
-    for key, least in (("token_budget", 1), ("kv_tokens", 64)):
+    for key, least in (("token_budget", 1), ("kv_tokens", 64), ("park_after", 1)):
         if (value := getattr(engine, key)) is not None and value < least:
             raise UsageError(f"engine.{key}={value}: expected at least {least}, or null (by machine)")
 

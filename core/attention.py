@@ -17,6 +17,8 @@ from itertools import accumulate
 
 import torch
 
+from core import native
+
 BLOCK = 256  # queries per block; sequences up to this length keep their attention weights for backward
 PAD_PREFIX_TO = 16  # the same for the keys before them
 PAD_TO = 32  # lengths of groups are multiples of this: few distinct shapes, whole vector registers
@@ -65,6 +67,13 @@ class Group:
     out_index: torch.Tensor  # [n * kv * length * group] into the rows of out.view(T * heads.q, size)
     padding: torch.Tensor | None  # [n, 1, length, 1], true on padding; None when there is none
     masks: dict[int, torch.Tensor] = field(default_factory=dict)  # by number of keys
+    lefts: torch.Tensor | None = None
+
+    def left_of(self, kv: int) -> torch.Tensor:
+        """`left` for each of the n * kv batches."""
+        if self.lefts is None:
+            self.lefts = torch.tensor(self.left, dtype=torch.int32).repeat_interleave(kv)
+        return self.lefts
 
 
 @dataclass
@@ -291,6 +300,9 @@ def _blocks(group: Group, heads_per_kv: int) -> list[tuple[slice, int]]:
 def _weights(q: torch.Tensor, k: torch.Tensor, group: Group, heads: Heads, scaling: float) -> torch.Tensor:
     """softmax(scaling q k^T) of the last len(q) / heads.group positions among the keys, causal, padding left out."""
     num_keys = k.shape[1]
+    if q.device.type == "cpu" and native.available():
+        scores = torch.bmm(q, k.transpose(1, 2))
+        return native.causal_softmax(scores, scaling, group.left_of(heads.kv), heads.group)
     mask = group.masks.get(num_keys)
     if mask is None:
         mask = group.masks[num_keys] = _mask(group, q.shape[1] // heads.group, num_keys, heads.group, q)

@@ -133,7 +133,7 @@ class TrainingClient:
         key, self.engine = _acquire(base_model, service.options)
         self.tenant = self.engine.join()
         try:
-            self.adapter = Adapter(config, self.engine.geometry(config), self.engine.device)
+            self.adapter = self.tenant.adapter = Adapter(config, self.engine.geometry(config), self.engine.device)
         except BaseException:
             _release(key, self.engine, self.tenant, None)
             raise

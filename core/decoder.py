@@ -171,7 +171,7 @@ class Decoder:
                 f"rotary embedding over {cos.shape[-1]} of {self.heads.size} values of a head is not supported"
             )
         half = self.heads.size // 2
-        cos, sin = (t[0, :, None, :half].to(self.dtype) for t in (cos, sin))
+        cos, sin = (t[0, :, None, :half].to(self.dtype).contiguous() for t in (cos, sin))
         return cos, sin
 
     def backbone(self, rows: Rows, recompute: bool = False) -> torch.Tensor:

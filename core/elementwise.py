@@ -1,6 +1,7 @@
 """What lies between the matrix products: RMSNorm, rotary embedding, SwiGLU, and their backward.
 
-On CUDA each is one kernel (core/kernels.py) where Triton can build it; elsewhere a few operations of torch.
+Each is one kernel where it can be built (core/kernels.py by Triton on CUDA, core/native.py by a C compiler on CPUs), elsewhere
+a few operations of torch.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 
+from core import native
 from core.attention import Heads
 
 log = logging.getLogger("cook.engine")
@@ -31,7 +33,9 @@ HeadNorms = tuple[Norm, Norm]  # of q heads and of k heads
 
 @functools.cache
 def kernels(device: torch.device) -> ModuleType | None:
-    """core.kernels, once one of them has run on this device; None where there is no CUDA, no Triton or no C compiler."""
+    """core.kernels or core.native, once it has been built for this device; None where there is no compiler for it."""
+    if device.type == "cpu":
+        return native if native.available() else None
     if device.type != "cuda":
         return None
     try:
@@ -71,6 +75,12 @@ def normalise_backward(
     return dx if add is None else dx.add_(add)
 
 
+def added(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x [T, d] fp32 + y in the compute dtype."""
+    fast = kernels(x.device)
+    return fast.added(x, y) if fast is native else x + y
+
+
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up of [T, 2 * width]."""
     if (fast := kernels(gate_up.device)) is not None:
@@ -93,7 +103,7 @@ def swiglu_backward(gate_up: torch.Tensor, da: torch.Tensor) -> torch.Tensor:
 
 def rotate_heads(y: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: Heads, norms: HeadNorms | None) -> torch.Tensor:
     """y [T, q + 2 kv heads, size] -> (normed and) rotated q and k, v as it is. cos and sin [T, 1, size / 2]."""
-    if (fast := kernels(y.device)) is not None:
+    if (fast := kernels(y.device)) is not None and (norms is None or y.is_cuda):
         return fast.rotated(y, cos, sin, heads, *_split(norms))
     turned, out = heads.q + heads.kv, torch.empty_like(y)
     out[:, turned:] = y[:, turned:]
@@ -110,7 +120,7 @@ def rotate_heads_backward(
     d_out: torch.Tensor, raw: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, heads: Heads, norms: HeadNorms | None
 ) -> torch.Tensor:
     """d y; `raw` is y, needed where heads are normed."""
-    if (fast := kernels(d_out.device)) is not None:
+    if (fast := kernels(d_out.device)) is not None and (norms is None or d_out.is_cuda):
         return fast.rotated(raw, cos, sin, heads, *_split(norms), d_out=d_out)
     turned, dy = heads.q + heads.kv, torch.empty_like(d_out)
     dy[:, turned:] = d_out[:, turned:]

@@ -35,6 +35,7 @@ from core.request import Call, PassRequest, SampleRequest
 from core.sampler import Sampler
 from core.sampling import top_logprobs
 
+IDLE_SECONDS = 600.0  # after which an adapter leaves a GPU
 CALLS_PER_ROUND = 8  # of one client, between two micro-batches of others
 log = logging.getLogger("cook.engine")
 PromptLogprobs = tuple[list[float | None], list[list[tuple[int, float]] | None] | None]
@@ -61,6 +62,9 @@ class Engine:
         self._geometries: dict[tuple[bool, bool, bool], Geometry] = {}
         self._tenants: list[Tenant] = []
         self._passes = Passes()
+        self.park_after = options.park_after or (IDLE_SECONDS if device.type == "cuda" else None)
+        self._park_check = self.park_after and self.park_after / 4  # seconds between two looks; None: no look
+        self._next_park = 0.0
         self._wake = threading.Condition()
         self._stopping = self._dropped = False
         self._thread = threading.Thread(target=self._serve, name=f"engine {base_model}", daemon=True)
@@ -145,11 +149,13 @@ class Engine:
 
         No local outlives it: adapters are large.
         """
+        self._park_idle()
         with self._wake:
             while not (self._passes or self._ready or self._arrived or self.sampler.busy):
                 if self._stopping:
                     return False
-                self._wake.wait()
+                if not self._wake.wait(self._park_check):
+                    return True
             if self._dropped and not self._passes:
                 return False
         for _ in range(CALLS_PER_ROUND):
@@ -164,7 +170,22 @@ class Engine:
     def _ready(self) -> list[Tenant]:
         return [tenant for tenant in self._tenants if tenant.ready]
 
+    def _park_idle(self) -> None:
+        """Adapters that nobody has used for `park_after` seconds go to host memory."""
+        if self.park_after is not None and (now := time.monotonic()) >= self._next_park:
+            self._next_park = now + self.park_after / 4
+            with self._wake:
+                tenants = list(self._tenants)
+            for tenant in tenants:
+                idle = not tenant.queue and not tenant.busy and now - tenant.used > self.park_after
+                if idle and tenant.adapter is not None and not tenant.adapter.parked:
+                    self.copies.forget(tenant.adapter)
+                    tenant.adapter.park()
+
     def _take_up(self, tenant: Tenant, operation: PassRequest | Call) -> None:
+        tenant.used = time.monotonic()
+        if tenant.adapter is not None and tenant.adapter.parked:
+            tenant.adapter.unpark()
         if isinstance(operation, Call):
             operation.future.resolve(operation.work)
         elif operation.custom is None:

@@ -17,6 +17,7 @@ from core.attention import Extent, Heads, Layout
 from core.elementwise import (
     HeadNorms,
     Norm,
+    added,
     normalise,
     normalise_backward,
     rotate_heads,
@@ -117,7 +118,7 @@ class AttentionOutput(torch.autograd.Function):
         ctx.kept = add_lora(a, y, layer.output.site, batch.segments, batch.exact)
         ctx.save_for_backward(a)
         ctx.layer, ctx.batch = layer, batch
-        return x + y
+        return added(x, y)
 
     @staticmethod
     def backward(ctx, d_out: torch.Tensor):
@@ -141,7 +142,7 @@ class Mlp(torch.autograd.Function):
         ctx.kept_down = add_lora(a, y, layer.down.site, batch.segments, batch.exact)
         ctx.save_for_backward(x, inverse, gate_up)
         ctx.layer, ctx.batch = layer, batch
-        return x + y
+        return added(x, y)
 
     @staticmethod
     def backward(ctx, d_out: torch.Tensor):

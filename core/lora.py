@@ -122,6 +122,30 @@ class Adapter:
         self.version = 0  # grows whenever params change
         self.has_grad = False
         self._lent: list[tuple[weakref.ref[Weights], torch.Tensor]] = []
+        self._home: torch.device | None = None  # where a parked adapter goes back to
+
+    @property
+    def parked(self) -> bool:
+        return self._home is not None
+
+    def park(self) -> None:
+        """Into host memory, with moments and any accumulated gradient, until `unpark`. Snapshots stay where they are."""
+        self._home = self.params.device
+        self._lent = [(weights, buffer) for weights, buffer in self._lent if weights() is not None]
+        self._move(torch.device("cpu"))
+
+    def unpark(self) -> None:
+        assert self._home is not None
+        self._move(self._home)
+        self._home = None
+
+    def _move(self, device: torch.device) -> None:
+        for name in ("params", "exp_avg", "exp_avg_sq"):
+            setattr(self, name, getattr(self, name).to(device, copy=True))
+        if self._grad_is_zero:
+            self._grad = torch.empty_like(self.params) if self._home == device else self._grad.new_empty(0)
+        else:
+            self._grad = self._grad.to(device, copy=True)
 
     @property
     def scale(self) -> float:

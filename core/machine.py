@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from core.decoder import Decoder
 
 CPU_TOKEN_BUDGET = 1024  # tokens per micro-batch: products run at nearly full speed, activations take 18 kB a token-layer
+AMX_TOKEN_BUDGET = 2048  # below 1,500 rows oneDNN leaves one of two cores idle in products of few columns
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class EngineOptions:
     """dtype auto: bfloat16 on CUDA and on CPUs with bf16 instructions, else float32. None: by the machine.
 
     kv_tokens is the room for keys and values of sequences being sampled; train_share the part of the time that training
-    gets while both wait; cuda_graphs whether decode steps are captured; exact: see core/exact.py.
+    gets while both wait; cuda_graphs whether decode steps are captured; exact: see core/exact.py. park_after: seconds without
+    an operation, after which a client's adapter waits in host memory for its next one; by default 600 on CUDA, never on a CPU.
     """
 
     dtype: str = "auto"
@@ -55,6 +57,7 @@ class EngineOptions:
     train_share: float = 0.5
     cuda_graphs: bool = True
     exact: bool = False
+    park_after: float | None = None
 
     def resolve(self) -> tuple[torch.dtype, torch.device]:
         device = self.device if self.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
@@ -82,12 +85,12 @@ def release_workers() -> None:
     libgomp counts the workers of all threads. More than there are cores, and every idle worker sleeps at once instead of
     spinning: waking it costs each small operation of the engine's thread 50 us (77 us against 24 us measured on two cores).
     """
-    if (libgomp := _libgomp()) is not None:
-        libgomp.omp_pause_resource_all(1)  # omp_pause_soft; refused (-1) inside a parallel region
+    if (openmp := libgomp()) is not None:
+        openmp.omp_pause_resource_all(1)  # omp_pause_soft; refused (-1) inside a parallel region
 
 
 @functools.cache
-def _libgomp() -> ctypes.CDLL | None:
+def libgomp() -> ctypes.CDLL | None:
     """The one that torch has loaded; None elsewhere than on Linux or with another OpenMP."""
     maps = Path("/proc/self/maps")
     names = {line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line} if maps.exists() else set()
@@ -106,10 +109,10 @@ def activation_bytes(num_layers: int, hidden: int, qkv: int, attended: int, inte
     return num_layers * (2 * 4 * hidden + element * (2 * qkv + attended + 2 * intermediate + 256))
 
 
-def token_budget(device: torch.device, bytes_per_token: int, reserved: int = 0) -> int:
-    """Tokens per micro-batch: a constant on CPU; on CUDA what activations can take of the memory free but `reserved`."""
+def token_budget(device: torch.device, bytes_per_token: int, element: int, reserved: int = 0) -> int:
+    """Tokens per micro-batch of values of `element` bytes: a constant on CPU; on CUDA what activations can take of the memory free but `reserved`."""
     if device.type == "cpu":
-        return CPU_TOKEN_BUDGET
+        return AMX_TOKEN_BUDGET if element == 2 and torch.cpu._is_amx_tile_supported() else CPU_TOKEN_BUDGET
     fits = int(0.6 * (torch.cuda.mem_get_info(device)[0] - reserved) / bytes_per_token)
     return max(256, min(16_384, fits // 256 * 256))
 
@@ -124,4 +127,4 @@ def default_kv_tokens(decoder: Decoder) -> int:
 def default_token_budget(decoder: Decoder) -> int:
     heads, layers = decoder.heads, decoder.layers
     sizes = decoder.embedding.shape[1], heads.total * heads.size, heads.q * heads.size, layers[0].down.weight.shape[1]
-    return token_budget(decoder.device, activation_bytes(len(layers), *sizes, decoder.dtype.itemsize))
+    return token_budget(decoder.device, activation_bytes(len(layers), *sizes, decoder.dtype.itemsize), decoder.dtype.itemsize)

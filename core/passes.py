@@ -8,8 +8,9 @@ present, so nobody saves up.
 from __future__ import annotations
 
 import itertools
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,6 +31,8 @@ class Tenant:
     left: bool = False
     busy: bool = False
     served: float = 0.0  # rows so far, on the clock of Passes
+    adapter: Adapter | None = None
+    used: float = field(default_factory=time.monotonic)
 
     @property
     def ready(self) -> bool:
@@ -127,11 +130,20 @@ class Passes:
         small = [number for number in rows if rows[number] * EXPRESS <= token_budget]
         if sum(rows.values()) <= token_budget:
             small = []
-        batches: list[tuple[tuple[float, int], list[Item]]] = []
+        batches: list[tuple[float, int, list[Item]]] = []
         for train in (True, False):
             mine = [number for number in rows if self.progress[number].request.train is train]
             for group in ([n for n in mine if n in small], [n for n in mine if n not in small]):
                 items = [item for number in group for item in self.progress[number].pending.values()]
-                made = cut(items, token_budget, standing) if items else []
-                batches += [(min(standing[item.request] for item in batch), batch) for batch in made]
-        return [batch for _, batch in sorted(batches, key=lambda pair: pair[0])]
+                batches += self._placed(cut(items, token_budget, standing), rows) if items else []
+        return [batch for *_, batch in sorted(batches, key=lambda found: found[:2])]
+
+    def _placed(self, batches: list[list[Item]], rows: Mapping[int, int]) -> list[tuple[float, int, list[Item]]]:
+        """Each batch with what its least served tenant will have been served before it, and with that one's request's rows."""
+        served = {number: tenant.served for number, tenant in self._tenants.items()}
+        found = []
+        for batch in batches:
+            found.append((*min((served[item.request], rows[item.request]) for item in batch), batch))
+            for item in batch:
+                served[item.request] += item.length
+        return found

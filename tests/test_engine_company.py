@@ -5,8 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +13,10 @@ import pytest
 import torch
 
 from core import AdamParams, TrainingClient
-from core.engine import Engine
 from core.futures import Future
 from core.losses import LOSSES
 from core.packing import bins
-from core.request import Call
-from tests.tiny import assert_close, data, flat, gradients, new_client, randomise
+from tests.tiny import assert_close, data, flat, gradients, held, new_client, randomise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RANKS = (1, 3, 8, 64)
@@ -110,21 +107,9 @@ def alone(scripts: Sequence[Script], store: Path, kind: str) -> list:
     return results
 
 
-@contextmanager
-def held(engine: Engine) -> Iterator[None]:
-    """The engine is busy until the block ends: what is submitted inside waits, and is then taken together."""
-    gate, tenant = threading.Event(), engine.join()
-    engine.submit(tenant, Call(gate.wait, Future()))
-    yield
-    gate.set()
-    engine.leave(tenant, None)
-
-
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_tenants_of_other_ranks_losses_and_targets_in_the_same_micro_batches(
-    kind: str, seed: int, tmp_path: Path
-) -> None:
+def test_tenants_of_other_ranks_losses_and_targets_in_the_same_micro_batches(kind: str, seed: int, tmp_path: Path) -> None:
     scripts = [script(number, seed) for number in range(8)]
     expected = alone(scripts, tmp_path, kind)
     clients = [one.client(tmp_path, kind) for one in scripts]

@@ -7,12 +7,17 @@ import copy
 import functools
 import shutil
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from core import Datum, EngineOptions, ModelInput, ServiceClient, TrainingClient
+from core.engine import Engine
+from core.futures import Future
+from core.request import Call
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCAB = 256 + len(SPECIAL)
@@ -100,14 +105,22 @@ def service_at(store: Path, **options) -> ServiceClient:
     return ServiceClient(store, EngineOptions(**{"dtype": "float32", "device": "cpu", **options}))
 
 
-def new_client(
-    store: Path, kind: str = "llama", rank: int = 4, seed: int = 0, noise: bool = True, **targets
-) -> TrainingClient:
+def new_client(store: Path, kind: str = "llama", rank: int = 4, seed: int = 0, noise: bool = True, **targets) -> TrainingClient:
     """A training client whose B is random too, so that the adapter matters."""
     client = service_at(store).create_lora_training_client(str(tiny_model_dir(kind)), rank, seed, **targets).result()
     if noise:
         randomise(client, seed)
     return client
+
+
+@contextmanager
+def held(engine: Engine) -> Iterator[None]:
+    """The engine is busy until the block ends: what is submitted inside waits, and is then taken together."""
+    gate, tenant = threading.Event(), engine.join()
+    engine.submit(tenant, Call(gate.wait, Future()))
+    yield
+    gate.set()
+    engine.leave(tenant, None)
 
 
 def randomise(client: TrainingClient, seed: int, size: float = 0.05) -> None:

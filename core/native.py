@@ -1,0 +1,157 @@
+"""core/native.c on a CPU: compiled by the machine's own C compiler in a second, once, and kept in the user's cache.
+
+The names are those of core/kernels.py, its counterpart for CUDA. Without a compiler, or with another OpenMP than the one that
+torch brings, torch's operations compute the same in two to three times the time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from core.machine import libgomp
+
+if TYPE_CHECKING:
+    from core.attention import Heads
+
+log = logging.getLogger("cook.engine")
+SOURCE = Path(__file__).with_suffix(".c")
+FLAGS = (
+    "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
+    "-fassociative-math", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared", "-nodefaultlibs",
+)  # fmt: skip
+VALUES = {torch.bfloat16: ("-DBF16",), torch.float32: ()}
+
+
+@functools.cache
+def available() -> bool:
+    """Whether this machine has built both libraries, or can."""
+    if platform.machine() not in ("x86_64", "AMD64") or libgomp() is None:
+        return False
+    try:
+        for dtype in VALUES:
+            _library(dtype)
+        return True
+    except (OSError, subprocess.SubprocessError) as error:
+        log.info("no C kernels (%s): torch's operations instead, which take longer", error)
+        return False
+
+
+@functools.cache
+def _library(dtype: torch.dtype) -> ctypes.CDLL:
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        raise OSError("there is no C compiler: install gcc")
+    command = [compiler, *FLAGS, *VALUES[dtype]]
+    about = f"{command} {torch.__version__} {_processor()}".encode() + SOURCE.read_bytes()
+    built = cache_directory() / f"native-{hashlib.sha256(about).hexdigest()[:16]}.so"
+    if not built.exists():
+        _build(command, built)
+    gomp = libgomp()
+    assert gomp is not None
+    ctypes.CDLL(gomp._name, ctypes.RTLD_GLOBAL)  # what the library's parallel loops call, with torch's own threads
+    return ctypes.CDLL(str(built))
+
+
+def cache_directory() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cook"
+
+
+def _build(command: list[str], target: Path) -> None:
+    """Aside, then renamed: two processes may be at it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        made = Path(scratch) / target.name
+        subprocess.run([*command, str(SOURCE), "-o", str(made)], check=True, capture_output=True, timeout=120)
+        made.replace(target)
+
+
+def _processor() -> str:
+    """What -march=native depends on: a home directory may be shared by unlike machines."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line for line in lines if line.startswith("flags")), platform.processor())
+
+
+def _call(name: str, dtype: torch.dtype, *values: torch.Tensor | float | int | None) -> None:
+    getattr(_library(dtype), name)(*map(_argument, values))
+
+
+def _argument(value: torch.Tensor | float | int | None):
+    if isinstance(value, torch.Tensor):
+        assert value.is_contiguous()
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_void_p() if value is None else ctypes.c_long(value)
+
+
+def normed(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype, inverse: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(RMSNorm of x [T, d] fp32 in dtype, 1 / rms [T, 1])."""
+    x, given = x.contiguous(), inverse is not None
+    inverse = x.new_empty(len(x), 1) if inverse is None else inverse
+    h = torch.empty(x.shape, dtype=dtype)
+    _call("normed", dtype, x, weight, eps, inverse, int(given), h, *x.shape)
+    return h, inverse
+
+
+def normed_backward(
+    dh: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor, add: torch.Tensor | None
+) -> torch.Tensor:
+    """dx [T, d] fp32."""
+    x, dx = x.contiguous(), torch.empty(x.shape)
+    _call("normed_backward", dh.dtype, dh.contiguous(), x, weight, inverse, add, dx, *x.shape)
+    return dx
+
+
+def added(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x [T, d] fp32 + y."""
+    out = torch.empty_like(x)
+    _call("added", y.dtype, x, y, out, *x.shape)
+    return out
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """[T, 2 width] -> [T, width]."""
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(rows, width)
+    _call("swiglu", gate_up.dtype, gate_up, out, rows, width)
+    return out
+
+
+def swiglu_backward(gate_up: torch.Tensor, da: torch.Tensor) -> torch.Tensor:
+    d_gate_up = torch.empty_like(gate_up)
+    _call("swiglu_backward", gate_up.dtype, gate_up, da, d_gate_up, *da.shape)
+    return d_gate_up
+
+
+def rotated(
+    y: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, heads: Heads,
+    weights: None = None, eps: tuple[float, float] = (0.0, 0.0), d_out: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """y [T, heads.total, size] with q and k heads turned, or d_out turned back; cos and sin [T, 1, size / 2]. No head norms."""
+    given = y if d_out is None else d_out
+    assert given is not None and weights is None
+    given, out = given.contiguous(), torch.empty(given.shape, dtype=given.dtype)
+    sign = 1.0 if d_out is None else -1.0
+    _call("rotated", given.dtype, given, cos.contiguous(), sin.contiguous(), sign, out,
+          len(given), heads.q + heads.kv, heads.total, heads.size)  # fmt: skip
+    return out
+
+
+def causal_softmax(scores: torch.Tensor, scaling: float, left: torch.Tensor, group: int) -> torch.Tensor:
+    """softmax(scaling * scores) in place. scores [batch, queries * group, keys], left [batch] int32: see core/native.c."""
+    batch, rows, keys = scores.shape
+    _call("causal_softmax", scores.dtype, scores, scaling, left, batch, rows // group, group, keys)
+    return scores

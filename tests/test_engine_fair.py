@@ -1,0 +1,141 @@
+"""Whose rows come next when several clients wait."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from core import AdamParams, ModelInput, TrainingClient
+from core.futures import Future
+from tests.tiny import data, flat, held, service_at, tiny_model_dir
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+BUDGET = 64
+BATCHES = 10  # micro-batches of a large request
+
+
+def clients(store: Path) -> tuple[TrainingClient, TrainingClient]:
+    """Two tenants of one engine."""
+    return _client(store, 4), _client(store, 2)
+
+
+def _client(store: Path, rank: int) -> TrainingClient:
+    trainer = service_at(store, token_budget=BUDGET).create_lora_training_client(str(tiny_model_dir("llama")), rank)
+    return trainer.result()
+
+
+def large(client: TrainingClient) -> Future:
+    return client.forward_backward(data([BUDGET] * BATCHES), "cross_entropy")
+
+
+def small(client: TrainingClient) -> Future:
+    return client.forward_backward(data([BUDGET // 4]), "cross_entropy")
+
+
+class Log:
+    """Names of futures, in the order in which they are answered."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def watch(self, name: str, future: Future, then: Callable[[], None] = lambda: None) -> Future:
+        def answered() -> None:
+            self.names.append(name)
+            then()
+
+        future.add_done_callback(answered)
+        return future
+
+
+def test_a_small_request_does_not_wait_for_a_large_one_before_it(tmp_path: Path) -> None:
+    one, other = clients(tmp_path)
+    log = Log()
+    with held(one.engine):
+        futures = [log.watch("large", large(one)), log.watch("small", small(other))]
+    assert [future.result(60).metrics["loss:sum"] > 0 for future in futures] == [True, True]
+    assert log.names == ["small", "large"]
+
+
+def test_a_request_joins_while_a_large_one_is_computed(tmp_path: Path) -> None:
+    """Each small one is submitted when the one before is answered, as a client does that waits for its result."""
+    one, other = clients(tmp_path)
+    log, done = Log(), threading.Event()
+
+    def next_one(left: int) -> None:
+        if left:
+            log.watch("small", small(other), lambda: next_one(left - 1))
+        else:
+            done.set()
+
+    with held(one.engine):
+        log.watch("large", large(one))
+        next_one(5)
+    assert done.wait(60)
+    assert log.names[:5] == ["small"] * 5
+    assert large(one).result(60).metrics["loss:sum"] > 0
+
+
+def test_a_full_queue_of_large_requests_leaves_others_their_share(tmp_path: Path) -> None:
+    one, other = clients(tmp_path)
+    log = Log()
+    with held(one.engine):
+        futures = [log.watch("flood", large(one)) for _ in range(8)]
+        futures.append(log.watch("other", large(other)))
+    for future in futures:
+        future.result(60)
+    assert log.names.index("other") <= 2
+
+
+def test_a_full_queue_of_small_requests_leaves_a_large_one_its_share(tmp_path: Path) -> None:
+    one, other = clients(tmp_path)
+    log = Log()
+    count = 3 * 4 * BATCHES  # three times the rows of the large one
+    with held(one.engine):
+        futures = [log.watch("small", small(one)) for _ in range(count)]
+        futures.append(log.watch("large", large(other)))
+    for future in futures:
+        future.result(60)
+    assert log.names.index("large") <= 4 * BATCHES + 4
+
+
+def test_who_was_away_has_saved_nothing_up(tmp_path: Path) -> None:
+    one, other = clients(tmp_path)
+    for _ in range(4):
+        large(one).result(60)
+    log = Log()
+    with held(one.engine):
+        futures = [log.watch("other", large(other)), log.watch("other", large(other)), log.watch("one", small(one))]
+    for future in futures:
+        future.result(60)
+    assert log.names == ["one", "other", "other"]
+
+
+# ---- adapters of idle clients
+
+
+def test_an_idle_adapter_leaves_the_device_and_comes_back_as_it_was(tmp_path: Path) -> None:
+    service = service_at(tmp_path, park_after=0.2)
+    alone, parked = (service.create_lora_training_client(str(tiny_model_dir("llama")), 4).result() for _ in range(2))
+    for trainer in (alone, parked):
+        trainer.forward_backward(data([20], seed=1), "cross_entropy").result(60)
+        trainer.optim_step(AdamParams(1e-2)).result(60)
+        trainer.forward_backward(data([30], seed=2), "cross_entropy").result(60)
+    snapshot = parked.save_weights_and_get_sampling_client().result(60)
+    before = parked.adapter.exp_avg.data_ptr()
+    deadline = time.monotonic() + 30
+    while not parked.adapter.parked:
+        alone.forward(data([5]), "cross_entropy").result(60)  # a busy server parks too
+        assert time.monotonic() < deadline
+    assert not alone.adapter.parked and parked.adapter.exp_avg.data_ptr() != before
+    prompt = ModelInput.from_ints([5, 6, 7])
+    assert snapshot.compute_logprobs(prompt).result(60)[1] is not None
+    for trainer in (alone, parked):  # the gradient that waited is used too
+        trainer.optim_step(AdamParams(1e-2)).result(60)
+    assert not parked.adapter.parked
+    for key, value in flat(alone).items():
+        assert torch.equal(flat(parked)[key], value), key

@@ -110,7 +110,7 @@ def activation_bytes(num_layers: int, hidden: int, qkv: int, attended: int, inte
 
 
 def token_budget(device: torch.device, bytes_per_token: int, element: int, reserved: int = 0) -> int:
-    """Tokens per micro-batch of values of `element` bytes: a constant on CPU; on CUDA what activations can take of the memory free but `reserved`."""
+    """Tokens per micro-batch; values of `element` bytes. On CUDA what activations can take of what is free but `reserved`."""
     if device.type == "cpu":
         return AMX_TOKEN_BUDGET if element == 2 and torch.cpu._is_amx_tile_supported() else CPU_TOKEN_BUDGET
     fits = int(0.6 * (torch.cuda.mem_get_info(device)[0] - reserved) / bytes_per_token)

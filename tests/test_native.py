@@ -1,0 +1,127 @@
+"""core/native.c computes what torch's operations do; a machine without a compiler gets those."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from core import native
+from core.attention import Heads
+from core.elementwise import Norm
+from tests.tiny import tiny_model_dir
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="no C compiler for this processor, or another OpenMP")
+DTYPES = {torch.float32: 3e-6, torch.bfloat16: 2**-8}  # rounding of one value, relative
+ROWS, WIDTH = 37, 50  # no multiples of a vector
+
+
+@pytest.fixture(params=DTYPES, ids=["fp32", "bf16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, size: float = 1.0) -> torch.Tensor:
+    return (size * torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)))).to(dtype)
+
+
+def assert_rounded(found: torch.Tensor, exact: torch.Tensor, times: float = 1.0) -> None:
+    """Equal but for the last rounding of each value."""
+    assert torch.allclose(found.float(), exact, rtol=times * DTYPES[found.dtype], atol=1e-5), (
+        (found.float() - exact).abs().max()
+    )
+
+
+def test_normalised_rows_and_their_gradient(dtype: torch.dtype) -> None:
+    norm = Norm(0.5 + torch.rand(WIDTH), 1e-5)
+    x, dh, add = random(ROWS, WIDTH).requires_grad_(), random(ROWS, WIDTH, dtype=dtype), random(ROWS, WIDTH, size=3.0)
+    expected = F.rms_norm(x, (WIDTH,), norm.weight, norm.eps)
+    h, inverse = native.normed(x.detach(), norm.weight, norm.eps, dtype, None)
+    assert_rounded(h, expected.detach())
+    again, same = native.normed(x.detach(), norm.weight, norm.eps, dtype, inverse)
+    assert torch.equal(again, h) and same is inverse
+    expected.backward(dh.float())
+    assert x.grad is not None
+    assert_rounded(native.normed_backward(dh, x.detach(), norm.weight, inverse, add), x.grad + add)
+    assert_rounded(native.normed_backward(dh, x.detach(), norm.weight, inverse, None), x.grad)
+
+
+def test_swiglu_and_its_gradient(dtype: torch.dtype) -> None:
+    gate_up, da = random(ROWS, 2 * WIDTH, dtype=dtype, size=4.0), random(ROWS, WIDTH, dtype=dtype)
+    leaf = gate_up.float().requires_grad_()
+    gate, up = leaf.chunk(2, dim=1)
+    expected = F.silu(gate) * up
+    assert_rounded(native.swiglu(gate_up), expected.detach())
+    expected.backward(da.float())
+    assert leaf.grad is not None
+    assert_rounded(native.swiglu_backward(gate_up, da), leaf.grad)
+
+
+def test_what_is_added_to_the_residual_stream(dtype: torch.dtype) -> None:
+    x, y = random(ROWS, WIDTH), random(ROWS, WIDTH, dtype=dtype)
+    assert torch.equal(native.added(x, y), x + y)
+
+
+def test_turned_heads_turn_back(dtype: torch.dtype) -> None:
+    heads = Heads(q=4, kv=2, size=10)
+    y, angle = random(ROWS, heads.total, heads.size, dtype=dtype), random(ROWS, 1, heads.size // 2)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    first, second = y[:, :6].float().chunk(2, dim=-1)
+    expected = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    out = native.rotated(y, cos, sin, heads)
+    assert_rounded(out[:, :6], expected)
+    assert torch.equal(out[:, 6:], y[:, 6:])
+    assert_rounded(native.rotated(None, cos, sin, heads, d_out=out), y.float(), times=6.0)
+
+
+@pytest.mark.parametrize(("queries", "keys", "left"), [(7, 7, (0, 0)), (5, 24, (3, 17)), (33, 48, (0, 9))])
+def test_causal_softmax(queries: int, keys: int, left: tuple[int, int], dtype: torch.dtype) -> None:
+    scores, group = random(2, 3 * queries, keys, dtype=dtype, size=5.0), 3
+    position = torch.arange(queries).repeat_interleave(group).view(1, -1, 1) + keys - queries
+    key = torch.arange(keys)
+    seen = (key <= position) & (key >= torch.tensor(left).view(2, 1, 1))
+    expected = torch.softmax((0.3 * scores.float()).masked_fill(~seen, float("-inf")), dim=-1)
+    found = native.causal_softmax(scores.clone(), 0.3, torch.tensor(left, dtype=torch.int32), group)
+    assert_rounded(found, expected)
+    assert (found == 0)[~seen.expand_as(found)].all()
+
+
+def test_what_is_not_a_number_stays_so(dtype: torch.dtype) -> None:
+    x = random(4, WIDTH)
+    x[1, 3] = float("nan")
+    h, _ = native.normed(x, torch.ones(WIDTH), 1e-5, dtype, None)
+    assert h[1].isnan().all() and h[[0, 2, 3]].isfinite().all()
+    gate_up = random(4, 2 * WIDTH, dtype=dtype)
+    gate_up[2, 5] = float("nan")
+    assert native.swiglu(gate_up)[2].isnan().tolist() == [i == 5 for i in range(WIDTH)]
+
+
+def test_a_row_does_not_depend_on_how_many_there_are(dtype: torch.dtype) -> None:
+    """What several threads share, and what one does alone."""
+    gate_up = random(4000, 2 * WIDTH, dtype=dtype)
+    assert torch.equal(native.swiglu(gate_up)[:3], native.swiglu(gate_up[:3].clone()))
+
+
+def test_without_a_compiler_the_numbers_are_the_same(tmp_path: Path) -> None:
+    program = (
+        "import sys, torch; from core import *; from core import native\n"
+        "service = ServiceClient(sys.argv[2], EngineOptions(dtype='float32', device='cpu'))\n"
+        "sampler = service.create_sampling_client(base_model=sys.argv[1]).result()\n"
+        "print(native.available(), *sampler.compute_logprobs(ModelInput.from_ints(range(60))).result()[1:])"
+    )
+
+    def told(**changed: str) -> tuple[str, list[float]]:
+        command = [sys.executable, "-c", program, str(tiny_model_dir("llama")), str(tmp_path)]
+        environment = {**os.environ, **changed}
+        words = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+        return words[0], [float(word) for word in words[1:]]
+
+    built, with_kernels = told()
+    missing, without = told(PATH=str(tmp_path), XDG_CACHE_HOME=str(tmp_path))
+    assert (built, missing) == ("True", "False")
+    assert with_kernels == pytest.approx(without, abs=1e-4)

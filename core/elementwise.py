@@ -89,16 +89,19 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate).mul_(up)
 
 
-def swiglu_backward(gate_up: torch.Tensor, da: torch.Tensor) -> torch.Tensor:
-    """d gate_up; da is used up."""
-    if (fast := kernels(gate_up.device)) is not None:
-        return fast.swiglu_backward(gate_up, da)
+def swiglu_backward(gate_up: torch.Tensor, da: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(silu(gate) * up once more, d gate_up); da is used up."""
+    if (fast := kernels(gate_up.device)) is native:
+        return native.swiglu_with_gradient(gate_up, da)
+    if fast is not None:
+        return fast.swiglu(gate_up), fast.swiglu_backward(gate_up, da)
     gate, up = gate_up.chunk(2, dim=1)
     d_gate_up = torch.empty_like(gate_up)
     d_gate, d_up = d_gate_up.chunk(2, dim=1)
-    torch.mul(da, F.silu(gate), out=d_up)
+    active = F.silu(gate)
+    torch.mul(da, active, out=d_up)
     torch.ops.aten.silu_backward(da.mul_(up), gate, grad_input=d_gate)
-    return d_gate_up
+    return active.mul_(up), d_gate_up
 
 
 def rotate_heads(y: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: Heads, norms: HeadNorms | None) -> torch.Tensor:

@@ -26,7 +26,7 @@ from core.elementwise import (
     swiglu_backward,
 )
 from core.exact import tiled
-from core.lora import Segment, add_lora, add_lora_backward
+from core.lora import Segment, add_a_gradient, add_lora, add_lora_backward, lora_input_gradient
 
 
 @dataclass
@@ -148,11 +148,11 @@ class Mlp(torch.autograd.Function):
     def backward(ctx, d_out: torch.Tensor):
         x, inverse, gate_up = ctx.saved_tensors
         layer, batch = ctx.layer, ctx.batch
-        a = swiglu(gate_up)
         dy = d_out.to(batch.dtype)
         da = dy @ layer.down.weight
-        add_lora_backward(a, dy, da, ctx.kept_down, layer.down.site, batch.segments)
-        d_gate_up = swiglu_backward(gate_up, da)
+        dus = lora_input_gradient(dy, da, ctx.kept_down, layer.down.site, batch.segments)
+        a, d_gate_up = swiglu_backward(gate_up, da)
+        add_a_gradient(a, dus, layer.down.site, batch.segments)
         dh = d_gate_up @ layer.gate_up.weight
         h, _ = normalise(x, layer.mlp_norm, batch.dtype, inverse)
         add_lora_backward(h, d_gate_up, dh, ctx.kept, layer.gate_up.site, batch.segments)

@@ -339,18 +339,33 @@ def add_lora_backward(
     segments: Sequence[Segment],
 ) -> None:
     """dx [T, d_in] += the adapters' part; dA and dB go to each segment's `grad`."""
+    add_a_gradient(x, lora_input_gradient(dy, dx, kept, name, segments), name, segments)
+
+
+def lora_input_gradient(
+    dy: torch.Tensor, dx: torch.Tensor, kept: Sequence[torch.Tensor | None], name: str, segments: Sequence[Segment]
+) -> list[torch.Tensor | None]:
+    """The part of the above that does not need x; returns d (x A^T) [t, m * R] of each segment."""
+    found: list[torch.Tensor | None] = []
     for segment, u in zip(segments, kept, strict=True):
         rows = segment.geometry.sites.get(name)
         if rows is None or u is None:
+            found.append(None)
             continue
-        x_segment, dy_segment = x[segment.start : segment.end], dy[segment.start : segment.end]
-        du = torch.empty_like(u)
+        dy_segment, du = dy[segment.start : segment.end], torch.empty_like(u)
         parts = zip(u.split(segment.rank, dim=1), du.split(segment.rank, dim=1), rows.b, rows.out, strict=True)
         for u_i, du_i, b, out in parts:
             torch.mm(dy_segment[:, out], segment.factors[b], out=du_i)
             if segment.grad is not None:
                 mm_into(segment.grad[b], dy_segment[:, out].T, u_i)
-        segment.scale_(du)
-        if segment.grad is not None:
-            mm_into(segment.a(rows, segment.grad), x_segment.T, du)
+        found.append(segment.scale_(du))
         dx[segment.start : segment.end].addmm_(du, segment.a(rows, segment.factors).T)
+    return found
+
+
+def add_a_gradient(x: torch.Tensor, dus: Sequence[torch.Tensor | None], name: str, segments: Sequence[Segment]) -> None:
+    """dA of each segment, for x [T, d_in]."""
+    for segment, du in zip(segments, dus, strict=True):
+        if du is not None and segment.grad is not None:
+            rows = segment.geometry.sites[name]
+            mm_into(segment.a(rows, segment.grad), x[segment.start : segment.end].T, du)

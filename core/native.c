@@ -96,15 +96,18 @@ void swiglu(const T *restrict gate_up, T *restrict out, long rows, long width) {
   }
 }
 
-void swiglu_backward(const T *restrict gate_up, const T *restrict da, T *restrict d_gate_up, long rows, long width) {
+/* the same once more, and d gate_up */
+void swiglu_with_gradient(const T *restrict gate_up, const T *restrict da, T *restrict out, T *restrict d_gate_up, long rows,
+                          long width) {
   #pragma omp parallel for schedule(static) if (rows * width > SMALL)
   for (long t = 0; t < rows; t++) {
     const T *gate = gate_up + 2 * t * width, *up = gate + width, *d = da + t * width;
-    T *d_gate = d_gate_up + 2 * t * width, *d_up = d_gate + width;
+    T *row = out + t * width, *d_gate = d_gate_up + 2 * t * width, *d_up = d_gate + width;
     for (long i = 0; i < width; i++) {
-      float g = load(gate[i]), s = 1.0f / (1.0f + exponential(-g)), of = load(d[i]);
+      float g = load(gate[i]), u = load(up[i]), of = load(d[i]), s = 1.0f / (1.0f + exponential(-g));
+      row[i] = store(g * s * u);
       d_up[i] = store(of * g * s);
-      d_gate[i] = store(of * load(up[i]) * s * (1.0f + g * (1.0f - s)));
+      d_gate[i] = store(of * u * s * (1.0f + g * (1.0f - s)));
     }
   }
 }

@@ -130,10 +130,11 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def swiglu_backward(gate_up: torch.Tensor, da: torch.Tensor) -> torch.Tensor:
-    d_gate_up = torch.empty_like(gate_up)
-    _call("swiglu_backward", gate_up.dtype, gate_up, da, d_gate_up, *da.shape)
-    return d_gate_up
+def swiglu_with_gradient(gate_up: torch.Tensor, da: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(swiglu(gate_up), d gate_up)."""
+    out, d_gate_up = torch.empty_like(da), torch.empty_like(gate_up)
+    _call("swiglu_with_gradient", gate_up.dtype, gate_up, da, out, d_gate_up, *da.shape)
+    return out, d_gate_up
 
 
 def rotated(

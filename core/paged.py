@@ -99,7 +99,7 @@ class PagedDecode:
         k, v = self.memory.k[layer], self.memory.v[layer]
         k.view(-1, heads.kv, heads.size).index_copy_(0, self.place, kv[:, : heads.kv])
         v.view(-1, heads.kv, heads.size).index_copy_(0, self.place, kv[:, heads.kv :])
-        if (fast := kernels(q.device)) is not None:
+        if q.is_cuda and (fast := kernels(q.device)) is not None:
             fast.attend_pages(q, k, v, self.table, self.positions, scaling, heads, out)
         else:
             attend_pages(q, k, v, self.table, self.positions, scaling, heads, out)

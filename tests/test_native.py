@@ -30,11 +30,10 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, size: float = 1.0) -
     return (size * torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)))).to(dtype)
 
 
-def assert_rounded(found: torch.Tensor, exact: torch.Tensor, times: float = 1.0) -> None:
+def assert_rounded(found: torch.Tensor, exact: torch.Tensor, atol: float = 1e-5) -> None:
     """Equal but for the last rounding of each value."""
-    assert torch.allclose(found.float(), exact, rtol=times * DTYPES[found.dtype], atol=1e-5), (
-        (found.float() - exact).abs().max()
-    )
+    difference = (found.float() - exact).abs().max()
+    assert torch.allclose(found.float(), exact, rtol=DTYPES[found.dtype], atol=atol), difference
 
 
 def test_normalised_rows_and_their_gradient(dtype: torch.dtype) -> None:

@@ -13,7 +13,7 @@ from cookbook.compose import DEFAULT_RECIPE, Composed, load_recipe, recompose, t
 from cookbook.errors import UsageError
 from cookbook.run_reader import RUNS, PastRun, read_run
 
-MAY_CHANGE = re.compile(r"(steps|epochs|eval_every|save_every|save_minutes|keep_last|log\..+)$")  # on resume
+MAY_CHANGE = re.compile(r"(steps|epochs|eval_every|save_every|save_minutes|keep_last|log\..+|service)$")  # on resume
 
 
 def launch(composed: Composed, run_dir: Path | None = None) -> int | None:
@@ -67,7 +67,7 @@ def reopen(run: str, overrides: list[str]) -> tuple[Composed, Path]:
         key = override.lstrip("+~").split("=", 1)[0]
         if not MAY_CHANGE.match(key):
             raise UsageError(
-                f"{override}: a resumed run keeps its {key}; steps, epochs, eval_every, save_*, keep_last, log.* may "
+                f"{override}: a resumed run keeps its {key}; steps, epochs, eval_every, save_*, keep_last, log.*, service may "
                 f"change (a new run with this change: cook rerun {run} {override})"
             )
     past = _saved(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import threading
@@ -16,6 +17,7 @@ import httpx
 from cookbook.errors import UsageError
 from core import Future
 
+log = logging.getLogger("cook.remote")
 PATIENCE_SECONDS = 300.0  # without an answer, then a run gives up; the SDK by itself would wait for ever
 HOSTED = "https://tinker.thinkingmachines.dev/services/tinker-prod"  # as in the SDK
 KEY_PREFIXES = ("tml-", "eyJ")
@@ -153,16 +155,20 @@ class Watch:
         return forget
 
     def _look(self) -> None:
-        heard = time.monotonic()
+        heard, silent = time.monotonic(), False
         while True:
             time.sleep(min(10.0, self._patience / 4))
             with self._lock:
                 if not self._waiting:
                     self._looking = False
                     return
-            if self._server.answers():
+            was_silent, silent = silent, not self._server.answers()
+            if not silent:
                 heard = time.monotonic()
-            elif time.monotonic() - heard > self._patience:
+            if silent is not was_silent:
+                state = "does not answer, waiting for it" if silent else "answers again"
+                log.warning("%s %s", self._server.service, state)
+            if time.monotonic() - heard > self._patience:
                 self._give_up()
 
     def _give_up(self) -> None:

@@ -135,7 +135,7 @@ def test_resume_goes_on_in_the_same_directory_also_when_it_was_moved(
 def test_resume_refuses_what_would_make_it_another_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["run", "mine.py", "name=a"])
     assert error(capsys, "resume", "a", "seed=1") == (
-        "error: seed=1: a resumed run keeps its seed; steps, epochs, eval_every, save_*, keep_last, log.* may change "
+        "error: seed=1: a resumed run keeps its seed; steps, epochs, eval_every, save_*, keep_last, log.*, service may change "
         "(a new run with this change: cook rerun a seed=1)"
     )
 

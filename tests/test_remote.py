@@ -101,7 +101,7 @@ def test_sft_over_the_wire_is_sft_in_process(here: Path, there: Path) -> None:
 
 def test_dpo_over_the_wire_is_dpo_in_process(tmp_path: Path, url: str) -> None:
     pairs = write_rows(tmp_path / "pairs.jsonl", map(pair, range(24)))
-    for recipe in ("pairs", "kto"):
+    for recipe in ("pairs", "ipo", "simpo", "kto"):
         where = {name: tmp_path / f"{recipe}-{name}" for name in ("here", "there")}
         changes = {"recipe": recipe, "steps": 4, "eval_every": 2, **EXACT}
         assert train(where["here"], pairs, "dpo", **changes) == 0
@@ -330,7 +330,8 @@ def test_a_run_whose_server_restarts_ends_in_one_line_and_goes_on_when_resumed(
         assert line == f"error: {result(run)['error']}"
         lost, gone = f"{url} has lost what was under way", f"{url} refuses this (HTTP 404): training run "
         assert line.startswith((f"error: {lost}", f"error: {gone}"))
-        assert main(["resume", str(run)]) == 0
+    with serving(tmp_path / "store") as (moved, _):
+        assert main(["resume", str(run), f"service={moved}"]) == 0
     assert_same_metrics(run, tmp_path / "straight", within=1e-5)
 
 

@@ -69,14 +69,18 @@ def legend_of(names: Iterable[str], colours: Mapping[str, int]) -> str:
 
 def page(title: str, body: str, *, styles: str = "", scripts: str = "") -> str:
     """The whole document; `styles` and `scripts` come after those of charts."""
-    style = (TEMPLATES / "page.css").read_text(encoding="utf-8") + styles
     script = (TEMPLATES / "charts.js").read_text(encoding="utf-8") + scripts
+    return document(title, f"{body}\n<script>\n{script}</script>", styles=styles)
+
+
+def document(title: str, body: str, *, styles: str = "", head: str = "") -> str:
+    """Without a script; `styles` come after those that all pages share."""
+    style = (TEMPLATES / "page.css").read_text(encoding="utf-8") + styles
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n{body}\n<script>\n{script}</script>\n"
-        "</body>\n</html>\n"
+        f'<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n{head}'
+        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
 
 

@@ -70,6 +70,11 @@ class Engine:
         self._thread = threading.Thread(target=self._serve, name=f"engine {base_model}", daemon=True)
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        """Whether its thread still serves the queues."""
+        return self._thread.is_alive()
+
     def geometry(self, config) -> Geometry:
         key = (config.train_attn, config.train_mlp, config.train_unembed)
         if key not in self._geometries:
@@ -218,6 +223,7 @@ class Engine:
 
     def _guard(self, request: PassRequest) -> None:
         """A custom pass that fails midway leaves no half-summed gradient behind."""
+        request.future.begin()
         try:
             self._run_custom(request)
         except BaseException as error:
@@ -276,6 +282,8 @@ class Engine:
             torch.cuda.empty_cache()
 
     def _run_micro_batch(self, passes: Mapping[int, Progress], batch: list[Item], train: bool) -> None:
+        for item in batch:
+            passes[item.request].request.future.begin()
         rows, ordered = lay_out(batch, self.copies, self.device, train, self.decoder.exact)
         objective = Objective(self._terms(passes, ordered), rows.targets.shape, self.device)
         if rows.targets.shape[0] == 0:  # every weight is 0: so is the gradient

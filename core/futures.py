@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import time
 from collections.abc import Callable, Generator
 from typing import Any, Generic, TypeVar
 
@@ -19,6 +20,8 @@ class Future(Generic[T]):
     """
 
     def __init__(self, cancellable: bool = False) -> None:
+        self.begun: float | None = None  # by time.monotonic(): when the engine took the operation up
+        self.ended: float | None = None  # when it had the result, or the error
         self._inner: concurrent.futures.Future[T] = concurrent.futures.Future()
         if not cancellable:
             self._inner.set_running_or_notify_cancel()
@@ -43,25 +46,40 @@ class Future(Generic[T]):
     def __await__(self) -> Generator[Any, None, T]:
         return asyncio.wrap_future(self._inner).__await__()
 
+    def begin(self) -> None:
+        """The operation starts now, unless it has started before (engine side)."""
+        if self.begun is None:
+            self.begun = time.monotonic()
+
     def resolve(self, work: Callable[[], T]) -> None:
         """Run `work` and settle with its value or exception (engine side)."""
+        self.begin()
         try:
-            self._inner.set_result(work())
+            value = work()
         except BaseException as error:
-            self._inner.set_exception(error)
+            self.set_exception(error)
+        else:
+            self.set_result(value)
 
     def set_result(self, value: T) -> None:
+        self.ended = self.ended or time.monotonic()
         with contextlib.suppress(concurrent.futures.InvalidStateError):  # cancelled in this moment
             self._inner.set_result(value)
 
     def set_exception(self, error: BaseException) -> None:
+        self.ended = self.ended or time.monotonic()
         with contextlib.suppress(concurrent.futures.InvalidStateError):  # settled already
             self._inner.set_exception(error)
 
     def then(self, change: Callable[[T], U]) -> Future[U]:
         """A future of what `change` makes of the value; an exception goes through."""
         changed: Future[U] = Future()
-        self._inner.add_done_callback(lambda _: changed.resolve(lambda: change(self._inner.result())))
+
+        def settle(_: object) -> None:
+            changed.begun = self.begun
+            changed.resolve(lambda: change(self._inner.result()))
+
+        self._inner.add_done_callback(settle)
         return changed
 
     def add_done_callback(self, tell: Callable[[], None]) -> None:

@@ -124,6 +124,17 @@ class KvCache:
         """Tokens that can still be made room for without giving anything up."""
         return self.max_tokens - sum(pool.capacity * len(pool.slots) for pool in self.pools.values())
 
+    @property
+    def in_use(self) -> int:
+        """Tokens of room that sequences under way have. Any thread may ask."""
+        return sum(pool.capacity * pool.num_busy for pool in list(self.pools.values()))
+
+    @property
+    def kept(self) -> int:
+        """Tokens in slots that are not in use, for prompts that begin with them. Any thread may ask."""
+        pools = list(self.pools.values())
+        return sum(len(slot.tokens) for pool in pools for slot in list(pool.slots) if not slot.busy)
+
     def slots(self) -> Iterator[Slot]:
         for pool in self.pools.values():
             yield from pool.slots

@@ -120,6 +120,7 @@ class Sampler:
             if taken is None:
                 break
             expected[capacity] -= 1
+            request.future.begin()
             sequence.slot, common = taken
             self._waiting.popleft()
             if common == len(request.prompt) - 1:  # all but the last token, which decoding begins with

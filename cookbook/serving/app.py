@@ -12,8 +12,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from cookbook.serving import openai_api, tinker_api, tinker_rest, tinker_sampling
+from cookbook.serving import looking, openai_api, tinker_api, tinker_rest, tinker_sampling
 from cookbook.serving.door import BodyLimit
+from cookbook.serving.meter import RequestTimes
 from cookbook.serving.openai_models import Models
 from cookbook.serving.refusal import Refusal
 from cookbook.serving.server import Server
@@ -36,9 +37,10 @@ def create_app(server: Server, tell_ready: Callable[[], None] = lambda: None) ->
 
     app = FastAPI(title="cook serve", lifespan=life, docs_url=None, redoc_url=None)
     app.state.server, app.state.openai = server, Models(server)
-    for router in (tinker_api.router, tinker_sampling.router, tinker_rest.router, openai_api.router):
+    for router in (tinker_api.router, tinker_sampling.router, tinker_rest.router, openai_api.router, looking.router):
         app.include_router(router)
     app.add_middleware(BodyLimit, limit=server.limits.body_mb << 20)
+    app.add_middleware(RequestTimes, meter=server.meter)
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)

@@ -19,6 +19,7 @@ def main(words: list[str], console: Console) -> None:
     """`keys create|list|revoke`, or settings and then a server until Ctrl-C."""
     try:
         import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
         import zstandard  # noqa: F401
     except ImportError as error:

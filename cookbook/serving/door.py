@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
 from typing import Annotated
 
 import zstandard
-from fastapi import Depends, Request
+from fastapi import Depends, HTTPException, Request
 
 from cookbook.serving import keys
 from cookbook.serving.futures import digest_of
@@ -20,18 +22,44 @@ def _server(request: Request) -> Server:
 
 def _owner(request: Request) -> str:
     """From X-API-Key (Tinker) or Authorization: Bearer (OpenAI). Without any keys in the store everybody is the same owner."""
+    return _known(request, request.headers.get("x-api-key") or _bearer(request))
+
+
+def _viewer(request: Request) -> str:
+    """For pages that only show: HTTP Basic too, with the key as the password, since browsers know nothing else."""
+    try:
+        return _known(request, request.headers.get("x-api-key") or _password(request) or _bearer(request))
+    except Refusal as refusal:
+        ask = {"WWW-Authenticate": 'Basic realm="cook serve: any name, an API key as password", charset="UTF-8"'}
+        raise HTTPException(refusal.status, refusal.detail, ask) from refusal
+
+
+def _known(request: Request, given: str) -> str:
     server = _server(request)
-    if not server.needs_key:
-        return keys.ANYONE
-    given = request.headers.get("x-api-key") or request.headers.get("authorization", "").removeprefix("Bearer ").strip()
-    owner = keys.owner_of(server.store, given) if given else None
+    owner = (keys.owner_of(server.store, given) if given else None) if server.needs_key else keys.ANYONE
     if owner is None:
         raise Refusal(401, "no valid API key: give one made by `cook serve keys create NAME`")
+    request.state.owner = owner
     return owner
+
+
+def _bearer(request: Request) -> str:
+    return request.headers.get("authorization", "").removeprefix("Bearer ").strip()
+
+
+def _password(request: Request) -> str:
+    scheme, _, packed = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "basic":
+        return ""
+    try:
+        return base64.b64decode(packed, validate=True).decode().partition(":")[2]
+    except (binascii.Error, UnicodeDecodeError):
+        return ""
 
 
 Serving = Annotated[Server, Depends(_server)]
 Owner = Annotated[str, Depends(_owner)]
+Viewer = Annotated[str, Depends(_viewer)]
 
 
 async def raw_body(request: Request, limit: int) -> bytes:

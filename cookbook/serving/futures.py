@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import logging
 import secrets
+import sqlite3
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -15,11 +17,13 @@ from fastapi import Response
 from fastapi.responses import JSONResponse
 
 from cookbook.serving.refusal import Refusal
-from cookbook.serving.store import Store
+from cookbook.serving.store import Store, no_room
 
 log = logging.getLogger("cook.serve")
 HOLD_SECONDS = 25.0  # how long a poll is held open before 408
 KEEP_READ_SECONDS, KEEP_UNREAD_SECONDS = 300.0, 3600.0  # of finished results
+
+DISK_FULL = "the disk of the server's store is full and nothing was saved: make room, or delete checkpoints, and save again"
 
 Result = bytes | dict  # protobuf or JSON
 
@@ -73,13 +77,21 @@ class Promises:
         """Operations that are not over, of keys that begin so."""
         return sum(not p.task.done() and p.key.startswith(prefix) for p in self._by_id.values())
 
+    def waiting(self, owner: str) -> int:
+        """Operations of `owner` that are not over."""
+        return sum(not p.task.done() and p.owner == owner for p in self._by_id.values())
+
     def remember_save(self, request_id: str, result: dict) -> None:
-        """A save is acknowledged once it is in the index: a restarted server still answers for it."""
+        """A save is acknowledged once it is in the index: a restarted server still answers for it.
+
+        If the disk has no room left for that, the checkpoint is there all the same.
+        """
         promise = self._by_id[request_id]
-        self.store.run_sql(
-            "INSERT OR REPLACE INTO saves VALUES (?, ?, ?, ?, ?)",
-            request_id, promise.owner, promise.key, promise.digest, json.dumps(result),
-        )  # fmt: skip
+        with contextlib.suppress(sqlite3.OperationalError):
+            self.store.run_sql(
+                "INSERT OR REPLACE INTO saves VALUES (?, ?, ?, ?, ?)",
+                request_id, promise.owner, promise.key, promise.digest, json.dumps(result),
+            )  # fmt: skip
 
     async def retrieve(self, request_id: str, owner: str, hold_seconds: float = HOLD_SECONDS) -> Response:
         """The result, 408 while there is none, 410 when it is lost."""
@@ -136,6 +148,9 @@ async def _settle(promise: Promise, work: Callable[[str], Awaitable[Result]]) ->
     except ValueError as error:  # the engine's door
         return {"error": " ".join(str(error).split()), "category": "user"}
     except Exception as error:
+        if no_room(error):
+            log.warning("%s failed: the disk is full", promise.key)
+            return {"error": DISK_FULL, "category": "server"}
         log.exception("%s failed", promise.key)
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())}", "category": "server"}
     finally:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from fastapi import Request
 
+from cookbook.serving.meter import Operation
 from cookbook.serving.refusal import Refusal
 from cookbook.serving.server import Server
 from cookbook.serving.tinker_sampling import top_of_samples
@@ -49,9 +50,12 @@ class Generation:
         self._loop = asyncio.get_running_loop()
         self._news: asyncio.Queue[Sampled | int] = asyncio.Queue()  # tokens, and numbers of prompts that are done
         self._futures: list[Future[SampleResponse]] = []
+        self._operations: list[Operation] = []
+        self.num_sampled = 0  # tokens that were read
         server.sampling[owner] = server.sampling.get(owner, 0) + len(prompts)
         try:
             self._futures = [self._submit(number) for number in range(len(prompts))]
+            self._operations = [server.meter.begin("sample", owner, future) for future in self._futures]
         except ValueError as error:
             self.close()
             raise Refusal(400, str(error), None, _code(str(error))) from error
@@ -66,6 +70,11 @@ class Generation:
             self.server.sampling[self.owner] -= len(self.prompts)
             for future in self._futures:
                 future.cancel()
+            for operation in self._operations:
+                self.server.meter.end(operation)
+            if self._operations:
+                num_prompt = sum(prompt.length for prompt in self.prompts)
+                self.server.meter.count_sample(self.owner, self.client.engine.base_model, num_prompt, self.num_sampled)
 
     async def read(self) -> AsyncIterator[Sampled]:
         """Tokens in the order in which they were sampled, where `live`; else by choice."""
@@ -75,6 +84,7 @@ class Generation:
             if self.closed:
                 raise Refusal(CLIENT_LEFT, "the client has left")
             if isinstance(news, Sampled):
+                self.num_sampled += 1
                 yield news
                 continue
             waiting -= 1
@@ -92,6 +102,7 @@ class Generation:
             index = number * self.n + i
             if not self.live:
                 rows = tables[i] if tables else [None] * len(sequence.tokens)
+                self.num_sampled += len(sequence.tokens)
                 for token, logprob, row in zip(sequence.tokens, sequence.logprobs, rows, strict=True):
                     found.append(Sampled(index, token, logprob, row))
             found.append(Sampled(index, None, stop_reason=sequence.stop_reason))

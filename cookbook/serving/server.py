@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import sqlite3
 import time
 import weakref
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import TypeVar
 
 from cookbook.serving import keys
 from cookbook.serving.futures import Promises
+from cookbook.serving.meter import Meter
 from cookbook.serving.refusal import Refusal
 from cookbook.serving.settings import Limits
 from cookbook.serving.store import Checkpoint, Store
@@ -31,16 +33,19 @@ class Run:
     session: str
     owner: str
     base_model: str
+    meter: Meter
     opening: asyncio.Future[TrainingClient] | None = None
     order: asyncio.Lock = field(default_factory=asyncio.Lock)
     inflight: Sampler | None = None  # shared by its samplers of kind "inflight"
+    trained_tokens: int = 0
 
-    async def submit(self, verb: Callable[[TrainingClient], Future[T]]) -> T:
-        """Queue a verb behind those that arrived before, then wait for its result."""
-        async with self.order:
-            trainer = await self.opened()
-            future = await asyncio.to_thread(verb, trainer)
-        return await future
+    async def submit(self, kind: str, verb: Callable[[TrainingClient], Future[T]]) -> T:
+        """Queue a verb (of one of meter.KINDS) behind those that arrived before, then wait for its result."""
+        with self.meter.operation(kind, self.owner) as operation:
+            async with self.order:
+                trainer = await self.opened()
+                operation.future = future = await asyncio.to_thread(verb, trainer)
+            return await future
 
     async def opened(self) -> TrainingClient:
         assert self.opening is not None
@@ -48,6 +53,18 @@ class Run:
             return await asyncio.shield(self.opening)
         except ValueError as error:
             raise Refusal(400, f"training run {self.id} could not be opened: {' '.join(str(error).split())}") from error
+
+    @property
+    def trainer(self) -> TrainingClient | None:
+        """Where it has opened."""
+        opening = self.opening
+        if opening is None or not opening.done() or opening.cancelled() or opening.exception() is not None:
+            return None
+        return opening.result()
+
+    def count_trained(self, num_tokens: int) -> None:
+        self.trained_tokens += num_tokens
+        self.meter.trained.labels(self.owner).inc(num_tokens)
 
 
 @dataclass(eq=False)
@@ -63,6 +80,7 @@ class Server:
     def __init__(self, service: ServiceClient, models: list[str], store: Store, limits: Limits) -> None:
         self.service, self.models, self.store, self.limits = service, models, store, limits
         self.promises = Promises(store)
+        self.meter = Meter()
         self.runs: dict[str, Run] = {}
         self.samplers: dict[str, tuple[str, Sampler]] = {}  # sampling session -> owner, sampler
         self.base: dict[str, SamplingClient] = {}
@@ -89,11 +107,18 @@ class Server:
     async def housekeeping(self) -> None:
         while True:
             await asyncio.sleep(30)
-            self.promises.forget_old()
-            self.store.remove_expired()
-            silent = time.time() - self.limits.session_hours * 3600
-            for row in self.store.rows("SELECT id FROM sessions WHERE finished IS NULL AND seen < ?", silent):
-                self.finish(row["id"], "no sign of life")
+            try:
+                self.tidy_up()
+            except (OSError, sqlite3.Error) as error:  # a full disk: again in half a minute
+                log.warning("the store could not be tidied up: %s", error)
+
+    def tidy_up(self) -> None:
+        """Old results, checkpoints past their time and silent sessions go."""
+        self.promises.forget_old()
+        self.store.remove_expired()
+        silent = time.time() - self.limits.session_hours * 3600
+        for row in self.store.rows("SELECT id FROM sessions WHERE finished IS NULL AND seen < ?", silent):
+            self.finish(row["id"], "no sign of life")
 
     @property
     def needs_key(self) -> bool:
@@ -110,6 +135,12 @@ class Server:
             raise Refusal(410, f"session {session_id} is over ({row['finished']})")
         return session_id
 
+    def num_sessions(self, owner: str) -> int:
+        """Those that are not over."""
+        row = self.store.row("SELECT count(*) AS n FROM sessions WHERE owner = ? AND finished IS NULL", owner)
+        assert row is not None
+        return row["n"]
+
     def finish(self, session_id: str, reason: str) -> None:
         self.store.run_sql("UPDATE sessions SET finished = ? WHERE id = ?", reason, session_id)
         self.release(session_id)
@@ -118,8 +149,8 @@ class Server:
         """Its training clients leave the engine after what they have submitted; its samplers go."""
         for run in [run for run in self.runs.values() if run.session == session_id]:
             del self.runs[run.id]
-            if run.opening is not None and run.opening.done() and run.opening.exception() is None:
-                run.opening.result().close()
+            if run.trainer is not None:
+                run.trainer.close()
         for sampler_id in [key for key in self.samplers if key.startswith(f"{session_id}:")]:
             del self.samplers[sampler_id]
 
@@ -145,13 +176,13 @@ class Server:
                 trainer.close()
             return trainer
 
-        self.runs[run.id] = run
-        run.opening = asyncio.ensure_future(opened())
         self.store.run_sql(
             "INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             run.id, run.session, run.owner, run.base_model, json.dumps(lora),
             json.dumps(metadata) if metadata else None, time.time(), time.time(),
         )  # fmt: skip
+        self.runs[run.id] = run
+        run.opening = asyncio.ensure_future(opened())
         return run
 
     def forget_run(self, run_id: str) -> None:
@@ -198,12 +229,16 @@ class Server:
     def keep_sampler(
         self, sampler_id: str, session: str, owner: str, base_model: str, path: str | None, sampler: Sampler
     ) -> Sampler:
-        """path "" stands for weights that are nowhere on disk."""
+        """path "" stands for weights that are nowhere on disk: these do without the index when the disk is full."""
+        try:
+            self.store.run_sql(
+                "INSERT OR REPLACE INTO samplers VALUES (?, ?, ?, ?, ?, ?)",
+                sampler_id, session, owner, base_model, path, time.time(),
+            )  # fmt: skip
+        except sqlite3.OperationalError:
+            if path != "":
+                raise
         self.samplers[sampler_id] = (owner, sampler)
-        self.store.run_sql(
-            "INSERT OR REPLACE INTO samplers VALUES (?, ?, ?, ?, ?, ?)",
-            sampler_id, session, owner, base_model, path, time.time(),
-        )  # fmt: skip
         return sampler
 
     async def load_sampler(self, uri: str, owner: str) -> SamplingClient:

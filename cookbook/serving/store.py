@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import shutil
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cookbook.run import disk_full
 from cookbook.serving.refusal import Refusal
 from core.checkpoints import KINDS, check_name
 
@@ -83,6 +85,11 @@ class Store:
     def row(self, query: str, *values: Any) -> sqlite3.Row | None:
         return next(iter(self.rows(query, *values)), None)
 
+    def note_seen(self, table: str, row_id: str) -> None:
+        """A sign of life of a session or run; a full disk is no reason to refuse the request that gave it."""
+        with contextlib.suppress(sqlite3.OperationalError):
+            self.run_sql(f"UPDATE {table} SET seen = ? WHERE id = ?", time.time(), row_id)
+
     def secret(self) -> bytes:
         """What download links are signed with; made once per store."""
         self.run_sql("INSERT OR IGNORE INTO meta VALUES ('secret', ?)", secrets.token_hex(32))
@@ -98,13 +105,27 @@ class Store:
     def add_checkpoint(
         self, run: str, kind: str, name: str, owner: str, ttl: int | None, metadata: dict[str, str] | None
     ) -> None:
-        """After its directory has been renamed into place; a row of the same name is replaced."""
+        """After its directory has been renamed into place; a row of the same name is replaced.
+
+        Raises sqlite3.OperationalError on a full disk: then there is no such checkpoint, unless there was one to overwrite.
+        """
+        try:
+            self._enter(run, kind, name, owner, ttl, metadata)
+        except sqlite3.OperationalError:
+            if not self._is_known(run, kind, name):
+                shutil.rmtree(self.directory_of(run, kind, name), ignore_errors=True)
+            raise
+
+    def _enter(self, run: str, kind: str, name: str, owner: str, ttl: int | None, metadata: dict[str, str] | None) -> None:
         size = sum(file.stat().st_size for file in self.directory_of(run, kind, name).iterdir())
         expires = time.time() + ttl if ttl is not None else None
         self.run_sql(
             "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, 0, ?, ?)",
             run, kind, name, owner, time.time(), expires, size, json.dumps(metadata) if metadata else None,
         )  # fmt: skip
+
+    def _is_known(self, run: str, kind: str, name: str) -> bool:
+        return bool(self.rows("SELECT 1 FROM checkpoints WHERE run = ? AND kind = ? AND name = ?", run, kind, name))
 
     def checkpoint(self, uri: str, owner: str) -> Checkpoint:
         """One that `owner` may read. Refusal 400 for what is no URI, 404 for what is not there or another's."""
@@ -133,29 +154,52 @@ class Store:
         return [Checkpoint(**{**dict(row), "public": bool(row["public"]), "metadata": _loads(row["metadata"])}) for row in rows]
 
     def delete_checkpoint(self, run: str, kind: str, name: str) -> None:
-        """The row goes first: what is half deleted must not be loadable."""
-        self.run_sql("DELETE FROM checkpoints WHERE run = ? AND kind = ? AND name = ?", run, kind, name)
-        shutil.rmtree(self.directory_of(run, kind, name), ignore_errors=True)
+        """Renamed first: what is half deleted is not loadable, and `recover` does not take it for a new one.
 
-    def remove_expired(self) -> None:
-        for row in self.rows("SELECT run, kind, name FROM checkpoints WHERE expires <= ?", time.time()):
+        The files go before the row, which on a full disk finds room only then.
+        """
+        directory = self.directory_of(run, kind, name)
+        aside = directory.with_name(f".{name}.{secrets.token_hex(4)}.deleted")
+        with contextlib.suppress(FileNotFoundError):
+            directory.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+        self.run_sql("DELETE FROM checkpoints WHERE run = ? AND kind = ? AND name = ?", run, kind, name)
+
+    def remove_expired(self, run: str | None = None) -> None:
+        """Those past their time, of all runs or one."""
+        query = "SELECT run, kind, name FROM checkpoints WHERE expires <= ? AND run = coalesce(?, run)"
+        for row in self.rows(query, time.time(), run):
             self.delete_checkpoint(row["run"], row["kind"], row["name"])
 
+    def totals(self, owner: str) -> dict[str, tuple[int, int]]:
+        """kind -> number and bytes of the checkpoints that `owner` has."""
+        query = "SELECT kind, count(*) AS n, sum(size) AS size FROM checkpoints WHERE owner = ? GROUP BY kind"
+        return {row["kind"]: (row["n"], row["size"]) for row in self.rows(query, owner)}
+
     def recover(self) -> None:
-        """At start: what was being written goes; what was whole but not yet in the index comes in."""
+        """At start: what was being written or deleted goes; what was whole but not yet in the index comes in."""
         owners = {row["id"]: row["owner"] for row in self.rows("SELECT id, owner FROM runs")}
         for run, owner in owners.items():
             for directory in (self.directory / run).glob("*/*"):
                 kind, name = directory.parent.name, directory.name
                 if name.startswith("."):
                     shutil.rmtree(directory, ignore_errors=True)
-                elif not self.rows("SELECT 1 FROM checkpoints WHERE run = ? AND kind = ? AND name = ?", run, kind, name):
-                    self.add_checkpoint(run, kind, name, owner, None, None)
+                elif not self._is_known(run, kind, name):
+                    self._enter(run, kind, name, owner, None, None)
+        for row in self.rows("SELECT run, kind, name FROM checkpoints"):
+            if not self.directory_of(row["run"], row["kind"], row["name"]).is_dir():
+                self.delete_checkpoint(row["run"], row["kind"], row["name"])
+        self.remove_expired()
 
     def newest_state(self, run: str) -> str | None:
         """The URI of the newest checkpoint from which training can go on."""
         found = self.checkpoints("run = ? AND kind = 'weights'", run)
         return found[0].uri if found else None
+
+
+def no_room(error: BaseException) -> bool:
+    """Whether the disk is full, for files or for the index."""
+    return disk_full(error) or (isinstance(error, sqlite3.Error) and error.sqlite_errorcode == sqlite3.SQLITE_FULL)
 
 
 def parse_uri(uri: str) -> tuple[str, str, str]:

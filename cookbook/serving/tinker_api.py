@@ -40,9 +40,8 @@ async def create_session(body: bodies.CreateSession, request: Request, server: S
     key = request.headers.get("x-idempotency-key")
     if key is not None and (known := server.session_keys.get((owner, key))):
         return {"session_id": known}
-    open_ones = server.store.row("SELECT count(*) AS n FROM sessions WHERE owner = ? AND finished IS NULL", owner)
-    if open_ones is not None and open_ones["n"] >= server.limits.sessions:
-        raise Refusal(429, f"{open_ones['n']} sessions are open (limits.sessions): finish some")
+    if (open_ones := server.num_sessions(owner)) >= server.limits.sessions:
+        raise Refusal(429, f"{open_ones} sessions are open (limits.sessions): finish some")
     session_id, now = secrets.token_hex(8), time.time()
     metadata = json.dumps({"tags": body.tags, "user_metadata": body.user_metadata or {}, "project_id": body.project_id})
     server.store.run_sql(
@@ -56,7 +55,7 @@ async def create_session(body: bodies.CreateSession, request: Request, server: S
 @router.post("/session_heartbeat")
 async def heartbeat(body: bodies.Heartbeat, server: Serving, owner: Owner) -> dict:
     server.session(body.session_id, owner)
-    server.store.run_sql("UPDATE sessions SET seen = ? WHERE id = ?", time.time(), body.session_id)
+    server.store.note_seen("sessions", body.session_id)
     return {"type": "session_heartbeat"}
 
 
@@ -112,7 +111,7 @@ async def create_model(body: bodies.CreateModel, request: Request, server: Servi
         opening = server.service.create_lora_training_client(
             base_model, lora.rank, seed % 2**63, lora.train_mlp, lora.train_attn, lora.train_unembed
         )
-        run = Run(run_id, session, owner, base_model)
+        run = Run(run_id, session, owner, base_model, server.meter)
         server.add_run(run, {**lora.model_dump(), "seed": seed}, body.user_metadata, opening)
     return server.promises.begin(owner, key, digest, lambda _: _open(server, run_id, owner, "create_model"), model_id=run_id)
 
@@ -151,13 +150,20 @@ async def forward_backward(request: Request, server: Serving, owner: Owner) -> d
     except ValueError as error:
         raise Refusal(400, str(error)) from error
 
+    num_tokens = 0
+
     def verb(trainer: TrainingClient) -> Future[ForwardBackwardOutput]:
+        nonlocal num_tokens
         data = [wire_convert.datum(one, f"data[{i}]") for i, one in enumerate(message.data)]
-        run = trainer.forward if message.forward_only else trainer.forward_backward
-        return run(data, message.loss_fn, wire_convert.loss_config(message))
+        num_tokens = sum(one.model_input.length for one in data)
+        begin = trainer.forward if message.forward_only else trainer.forward_backward
+        return begin(data, message.loss_fn, wire_convert.loss_config(message))
 
     async def work(_: str) -> bytes:
-        return wire_convert.forward_backward_output(await run.submit(verb))
+        output = await run.submit("forward" if message.forward_only else "forward_backward", verb)
+        if not message.forward_only:
+            run.count_trained(num_tokens)
+        return wire_convert.forward_backward_output(output)
 
     run = server.run(message.model_id, owner)
     _check_loss(message.loss_fn)
@@ -185,7 +191,8 @@ async def optim_step(body: bodies.OptimStep, request: Request, server: Serving, 
     adam = AdamParams(**body.adam_params.model_dump())
 
     async def work(_: str) -> dict:
-        return {"metrics": (await run.submit(lambda trainer: trainer.optim_step(adam))).metrics, "type": "optim_step"}
+        output = await run.submit("optim_step", lambda trainer: trainer.optim_step(adam))
+        return {"metrics": output.metrics, "type": "optim_step"}
 
     return await _begin(request, server, run, body.seq_id, work)
 
@@ -213,6 +220,7 @@ async def save_weights_external(body: bodies.SaveWeights, request: Request, serv
 async def _save(body: bodies.SaveWeights, kind: str, request: Request, server: Server, owner: str) -> dict:
     """The rows of the index follow the rename of the files: what is acknowledged is whole and stays."""
     run, name, ttl = server.run(body.model_id, owner), checked_name(body.path), checked_ttl(body.ttl_seconds)
+    server.store.remove_expired(run.id)  # their names are free again
 
     def verb(trainer: TrainingClient) -> Future:
         if kind == "weights":
@@ -221,7 +229,7 @@ async def _save(body: bodies.SaveWeights, kind: str, request: Request, server: S
         return save(name, body.overwrite)
 
     async def work(request_id: str) -> dict:
-        uri = (await run.submit(verb)).path
+        uri = (await run.submit("save", verb)).path
         server.store.add_checkpoint(run.id, kind, name, owner, ttl, body.user_metadata)
         result = {"path": uri, "type": request.url.path.rsplit("/", 1)[-1]}
         server.promises.remember_save(request_id, result)
@@ -248,7 +256,7 @@ async def save_weights_for_sampler(body: bodies.SaveForSampler, request: Request
     sampler_id = f"{run.session}:sample:{body.sampling_session_seq_id}"
 
     async def work(_: str) -> dict:
-        client = await run.submit(lambda trainer: trainer.save_weights_and_get_sampling_client())
+        client = await run.submit("save", lambda trainer: trainer.save_weights_and_get_sampling_client())
         sampler = Sampler(client)
         if body.kind == "inflight":
             sampler = run.inflight = run.inflight or sampler
@@ -269,7 +277,7 @@ async def load_weights(body: bodies.LoadWeights, request: Request, server: Servi
     directory = server.store.directory_of(checkpoint.run, checkpoint.kind, checkpoint.name)
 
     async def work(_: str) -> dict:
-        await run.submit(lambda trainer: trainer.load_state(directory, body.optimizer))
+        await run.submit("load", lambda trainer: trainer.load_state(directory, body.optimizer))
         return {"model_id": run.id, "path": body.path, "type": "load_weights"}
 
     return await _begin(request, server, run, body.seq_id or 0, work)
@@ -290,7 +298,7 @@ async def _create_from(body: bodies.LoadWeights, request: Request, server: Serve
             opening = server.service.create_training_client_from_state_with_optimizer(directory)
         else:
             opening = server.service.create_training_client_from_state(directory, base_model)
-        run = Run(run_id, session, owner, base_model)
+        run = Run(run_id, session, owner, base_model, server.meter)
         server.add_run(run, server.lora_of(checkpoint), body.user_metadata, opening)
     return server.promises.begin(owner, key, digest, lambda _: _open(server, run_id, owner, "load_weights"), model_id=run_id)
 
@@ -301,5 +309,5 @@ async def _begin(request: Request, server: Server, run: Run, seq_id: int, work) 
     digest = await body_digest(request)
     if not server.promises.known(key) and server.promises.count(f"{run.id}:") >= server.limits.queued:
         raise Refusal(429, f"{server.limits.queued} operations of {run.id} wait (limits.queued)")
-    server.store.run_sql("UPDATE runs SET seen = ? WHERE id = ?", time.time(), run.id)
+    server.store.note_seen("runs", run.id)
     return server.promises.begin(run.owner, key, digest, work, model_id=run.id)

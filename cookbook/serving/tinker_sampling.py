@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from cookbook.serving import bodies, wire_convert
 from cookbook.serving.door import Owner, Serving, body_digest
 from cookbook.serving.refusal import Refusal
+from cookbook.serving.server import Server
 from core import ModelInput, SampleResponse, SamplingClient, SamplingParams
 
 router = APIRouter(prefix="/api/v1")
@@ -37,9 +38,11 @@ async def create_sampling_session(body: bodies.CreateSamplingSession, server: Se
 
 @router.get("/samplers/{sampler_id}")
 async def get_sampler(sampler_id: str, server: Serving, owner: Owner) -> dict:
-    server.sampler(sampler_id, owner)
+    sampler = server.sampler(sampler_id, owner)
     row = server.store.row("SELECT base_model, path FROM samplers WHERE id = ?", sampler_id)
-    assert row is not None
+    if row is None:  # of passing weights, made while the disk was full
+        assert sampler is not None
+        return {"sampler_id": sampler_id, "base_model": sampler.client.engine.base_model}
     about = {"sampler_id": sampler_id, "base_model": row["base_model"]}
     return {**about, "model_path": row["path"]} if row["path"] else about
 
@@ -67,7 +70,7 @@ async def asample(body: bodies.Sample, request: Request, server: Serving, owner:
     async def work(_: str) -> bytes:
         server.sampling[owner] = server.sampling.get(owner, 0) + 1
         try:
-            return await _sample(sampler.client, body)
+            return await _sample(server, owner, sampler.client, body)
         finally:
             server.sampling[owner] -= 1
 
@@ -75,15 +78,21 @@ async def asample(body: bodies.Sample, request: Request, server: Serving, owner:
     return server.promises.begin(owner, key, await body_digest(request), work, sample_sequence_ids=ids)
 
 
-async def _sample(client: SamplingClient, body: bodies.Sample) -> bytes:
+async def _sample(server: Server, owner: str, client: SamplingClient, body: bodies.Sample) -> bytes:
     prompt = wire_convert.prompt(body.prompt)
     wants = body.prompt_logprobs or body.prompt_logprobs_last_n is not None
     params = sampling_params(client, body.sampling_params)
     targets = None
     if body.target_prompt_logprobs is not None:
         given = wire_convert.json_tensor(body.target_prompt_logprobs, "target_prompt_logprobs")
-        targets = (await client.target_logprobs(prompt, given), body.target_prompt_logprobs)
-    response = await client.sample(prompt, body.num_samples, params, wants, body.topk_prompt_logprobs)
+        with server.meter.operation("logprobs", owner) as operation:
+            operation.future = asked = client.target_logprobs(prompt, given)
+            targets = (await asked, body.target_prompt_logprobs)
+    with server.meter.operation("sample", owner) as operation:
+        operation.future = sampling = client.sample(prompt, body.num_samples, params, wants, body.topk_prompt_logprobs)
+        response = await sampling
+    num_sampled = sum(len(sequence.tokens) for sequence in response.sequences)
+    server.meter.count_sample(owner, client.engine.base_model, prompt.length, num_sampled)
     tops = None
     if body.topk_sample_logprobs:
         tops = await top_of_samples(client, prompt, response, body.topk_sample_logprobs, params.temperature)

@@ -281,6 +281,9 @@ def test_the_page_shows_what_there_is_and_runs_nothing(tmp_path: Path, browser: 
             text = page.locator("body").inner_text()
             for expected in (MODEL, model, state, odd, "forward_backward", f"model={json.dumps(odd)}"):
                 assert expected in text
+            assert page.locator(".tile", has_text="trained tokens").locator("b").inner_text().startswith("1\n")
+            (saves,) = [row for row in page.locator("tr").all() if row.inner_text().startswith("save")]
+            assert saves.locator("td.num").all_inner_texts()[:3] == ["0", "0", "2"]
             assert page.evaluate("document.documentElement.scrollWidth") == width
             assert page.locator("img, script").count() == 0 and told == [f"{url}/"]
             page.close()

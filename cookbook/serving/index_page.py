@@ -68,13 +68,14 @@ class _Page:
 
     def _tiles(self) -> str:
         server, owner = self.server, self.owner
-        sampled = sum(server.meter.value("cook_sampled_tokens_total", owner=owner, model=name) for name in server.models)
+        figures = server.meter.figures(owner)
+        sampled = sum(figures.get(("cook_sampled_tokens_total", name), 0) for name in server.models)
         totals = server.store.totals(owner).values()
         tiles = [
             ("training clients", str(sum(run.owner == owner for run in server.runs.values())), ""),
             ("sessions", str(server.num_sessions(owner)), ""),
             ("operations waiting", str(server.promises.waiting(owner)), ""),
-            ("trained tokens", short(server.meter.value("cook_trained_tokens_total", owner=owner)), "since the start"),
+            ("trained tokens", short(figures.get(("cook_trained_tokens_total", ""), 0)), "since the start"),
             ("sampled tokens", short(sampled), "since the start"),
             ("checkpoints", str(sum(number for number, _ in totals)), _bytes(sum(size for _, size in totals))),
         ]
@@ -104,14 +105,14 @@ class _Page:
 
     def _queues(self) -> str:
         """Of this owner; others' waiting is told as a number, since one waits behind them."""
-        meter, rows = self.server.meter, []
+        meter, figures, rows = self.server.meter, self.server.meter.figures(self.owner), []
         for kind in KINDS:
             waiting, running = meter.under_way(kind, self.owner)
             others = meter.under_way(kind)[0] - waiting
-            done = meter.value("cook_operation_seconds_count", kind=kind, owner=self.owner)
+            done = figures.get(("cook_operation_seconds_count", kind), 0)
             if not (waiting or running or others or done):
                 continue
-            sums = [meter.value(f"cook_{what}_seconds_sum", kind=kind, owner=self.owner) for what in ("queue", "operation")]
+            sums = [figures.get((f"cook_{what}_seconds_sum", kind), 0) for what in ("queue", "operation")]
             means = [_seconds(total / done) if done else "" for total in sums]
             behind = f"{waiting} <small>and {others} of others</small>" if others else str(waiting)
             rows.append([_code(kind), behind, str(running), f"{done:,.0f}", *means])

@@ -93,9 +93,15 @@ class Meter:
         self.prompts.labels(owner, model).inc(prompt)
         self.sampled.labels(owner, model).inc(sampled)
 
-    def value(self, sample: str, **labels: str) -> float:
-        """Of a series by its full name; 0 where nothing was counted yet."""
-        return self.registry.get_sample_value(sample, labels) or 0.0
+    def figures(self, owner: str) -> dict[tuple[str, str], float]:
+        """(name of a series, its kind or model or "") -> value: what `owner` has done since the start."""
+        counted = (self.queue, self.whole, self.trained, self.prompts, self.sampled)
+        samples = (one for metric in counted for family in metric.collect() for one in family.samples)
+        return {
+            (one.name, one.labels.get("kind") or one.labels.get("model", "")): one.value
+            for one in samples
+            if one.labels["owner"] == owner and "le" not in one.labels
+        }
 
 
 class RequestTimes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import uvicorn
@@ -21,9 +21,11 @@ MODEL = str(tiny_model_dir())
 
 
 @contextlib.contextmanager
-def serving(store: Path, port: int = 0, **limits: int | float) -> Iterator[tuple[str, Server]]:
+def serving(
+    store: Path, models: Sequence[str] = (MODEL,), port: int = 0, **limits: int | float
+) -> Iterator[tuple[str, Server]]:
     """Its URL and its state; it is shut down at the end as by SIGTERM."""
-    server = Server(service_at(store), [MODEL], Store(store), Limits(**limits))  # type: ignore[arg-type]
+    server = Server(service_at(store), [*models], Store(store), Limits(**limits))  # type: ignore[arg-type]
     listening = listen("127.0.0.1", port)
     config = uvicorn.Config(create_app(server), log_level="warning", timeout_graceful_shutdown=2)
     web = uvicorn.Server(config)

@@ -24,44 +24,9 @@ from cookbook.serving.cli import main, model_names, parse
 from cookbook.serving.store import Store
 from tests.live_server import MODEL, serving
 from tests.small_runs import ROOT
+from tests.wire import Wire, gradient
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class Wire:
-    """One key's view of a server, by hand."""
-
-    def __init__(self, url: str, key: str = "tml-x") -> None:
-        self.http = httpx.Client(base_url=f"{url}/api/v1", headers={"X-API-Key": key}, timeout=60)
-
-    def post(self, path: str, body: dict | bytes, status: int = 200, **headers: str) -> dict:
-        sent = {"content": body} if isinstance(body, bytes) else {"json": body}
-        reply = self.http.post(path, **sent, headers=headers)  # type: ignore[arg-type]
-        assert reply.status_code == status, (reply.status_code, reply.text)
-        return reply.json()
-
-    def result(self, promise: dict, status: int = 200) -> dict:
-        return self.post("/retrieve_future", {"request_id": promise["request_id"]}, status)
-
-    def session(self) -> str:
-        return self.post("/create_session", {"type": "create_session"})["session_id"]
-
-    def model(self, session: str, number: int = 0) -> str:
-        body = {"session_id": session, "model_seq_id": number, "base_model": MODEL, "lora_config": {"rank": 2, "seed": 0}}
-        return self.result(self.post("/create_model", body))["model_id"]
-
-    def save(self, model: str, seq_id: int, name: str, **more: object) -> dict:
-        return self.post("/save_weights", {"model_id": model, "path": name, "seq_id": seq_id, **more})
-
-
-def gradient(model: str, seq_id: int, token: int = 5) -> bytes:
-    message = proto.new("ForwardBackwardRequest")
-    message.model_id, message.seq_id, message.loss_fn = model, seq_id, "cross_entropy"
-    one = message.data.add()
-    one.model_input.add().encoded_text.tokens = token.to_bytes(4, "little")
-    targets = one.loss_fn_inputs["target_tokens"]
-    targets.dense, targets.dtype = token.to_bytes(8, "little"), proto.INT64
-    return message.SerializeToString()
 
 
 @pytest.fixture(scope="module")

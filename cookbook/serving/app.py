@@ -9,12 +9,14 @@ from collections.abc import AsyncIterator, Callable
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from cookbook.serving import looking, openai_api, tinker_api, tinker_rest, tinker_sampling
 from cookbook.serving.door import BodyLimit
 from cookbook.serving.meter import RequestTimes
+from cookbook.serving.openai_generate import CLIENT_LEFT
 from cookbook.serving.openai_models import Models
 from cookbook.serving.refusal import Refusal
 from cookbook.serving.server import Server
@@ -44,6 +46,7 @@ def create_app(server: Server, tell_ready: Callable[[], None] = lambda: None) ->
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(ClientDisconnect, _left)
     app.add_exception_handler(OSError, _disk)
     app.add_exception_handler(sqlite3.OperationalError, _disk)
     return app
@@ -77,6 +80,11 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
     reply = _reply(request, error.status_code, str(error.detail))
     reply.headers.update(error.headers or {})
     return reply
+
+
+async def _left(request: Request, error: Exception) -> Response:
+    """Gone before its body was whole: nobody reads this."""
+    return Response(status_code=CLIENT_LEFT)
 
 
 async def _disk(request: Request, error: Exception) -> JSONResponse:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 from typing import Annotated
 
 import zstandard
-from fastapi import Depends, HTTPException, Request
+from fastapi import Depends, Request
+from starlette.exceptions import HTTPException
 
 from cookbook.serving import keys
 from cookbook.serving.futures import digest_of
@@ -57,6 +57,8 @@ def _password(request: Request) -> str:
         return ""
 
 
+MOST_WINDOW = 1 << 27  # bytes that unpacking may look back
+PIECE = 1024  # bytes of a frame at a time: they become 32 MB at most
 Serving = Annotated[Server, Depends(_server)]
 Owner = Annotated[str, Depends(_owner)]
 Viewer = Annotated[str, Depends(_viewer)]
@@ -70,13 +72,31 @@ async def raw_body(request: Request, limit: int) -> bytes:
         return body
     if encoding != "zstd":
         raise Refusal(415, f"content-encoding {encoding!r}, expected zstd or none")
-    try:  # read no further than the limit, whatever size the frame announces
-        unpacked = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(io.BytesIO(body)).read(limit + 1)
+    try:
+        return _unpacked(body, limit)
     except zstandard.ZstdError as error:
-        raise Refusal(400, f"the body is no zstd frame: {error}") from error
-    if len(unpacked) > limit:
-        raise Refusal(413, f"the unpacked body has more than {limit:,} bytes (limits.body_mb)")
-    return unpacked
+        raise Refusal(400, f"the body is not one whole zstd frame: {error}") from error
+
+
+def _unpacked(body: bytes, limit: int) -> bytes:
+    """The content of one zstd frame: all of it, or Refusal 413, or ZstdError for a part of a frame or more than one."""
+    too_much = Refusal(413, f"the unpacked body has more than {limit:,} bytes (limits.body_mb)")
+    announced = zstandard.frame_content_size(body)  # -1: it does not say
+    if announced > limit:
+        raise too_much
+    if announced >= 0:
+        return zstandard.ZstdDecompressor().decompress(body, allow_extra_data=False)
+    frame, parts, size = zstandard.ZstdDecompressor(max_window_size=MOST_WINDOW).decompressobj(), [], 0
+    for start in range(0, len(body), PIECE):
+        parts.append(frame.decompress(body[start : start + PIECE]))
+        size += len(parts[-1])
+        if size > limit:
+            raise too_much
+        if frame.eof and (frame.unused_data or start + PIECE < len(body)):
+            raise zstandard.ZstdError("something follows it")
+    if not frame.eof:
+        raise zstandard.ZstdError("it is cut off")
+    return b"".join(parts)
 
 
 async def body_digest(request: Request) -> str:
@@ -94,14 +114,23 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        received = 0
+        received = _announced(scope["headers"])
+        if received <= self.limit:  # what is announced is believed only where it is too much
+            received = 0
 
         async def limited() -> dict:
             nonlocal received
-            message = await receive()
+            message = await receive() if received <= self.limit else {}
             received += len(message.get("body", b""))
-            if received > self.limit:
-                raise Refusal(413, f"the body has more than {self.limit:,} bytes (limits.body_mb)")
+            if received > self.limit:  # an HTTPException: FastAPI would take any other for a body that it cannot read
+                raise HTTPException(
+                    413, f"the body has more than {self.limit:,} bytes (limits.body_mb)", {"Connection": "close"}
+                )
             return message
 
         await self.app(scope, limited, send)
+
+
+def _announced(headers: list[tuple[bytes, bytes]]) -> int:
+    """Content-Length, 0 without one."""
+    return next((int(value) for name, value in headers if name == b"content-length" and value.isdigit()), 0)

@@ -67,7 +67,7 @@ class Promises:
         request_id = secrets.token_hex(16)
         promise = Promise(request_id, owner, key, digest, {"request_id": request_id, **reply})
         self._by_id[request_id] = self._by_key[key] = promise
-        promise.task = asyncio.create_task(_settle(promise, work))
+        promise.task = asyncio.create_task(self._settle(promise, work))
         return promise.reply
 
     def known(self, key: str) -> bool:
@@ -133,25 +133,24 @@ class Promises:
             promise.task.cancel()
         await asyncio.gather(*(promise.task for promise in self._by_id.values()), return_exceptions=True)
 
+    async def _settle(self, promise: Promise, work: Callable[[str], Awaitable[Result]]) -> Result:
+        """One operation that fails says so in its own result and disturbs no other."""
+        try:
+            return await work(promise.id)
+        except Refusal as error:
+            return {"error": error.detail, "category": "user"}
+        except (ValueError, FloatingPointError) as error:  # the engine's door; weights that have diverged
+            return {"error": self.store.told(error), "category": "user"}
+        except Exception as error:
+            if no_room(error):
+                log.warning("%s failed: the disk is full", promise.key)
+                return {"error": DISK_FULL, "category": "server"}
+            log.exception("%s failed", promise.key)
+            return {"error": f"{type(error).__name__}: {self.store.told(error)}", "category": "server"}
+        finally:
+            promise.finished = time.monotonic()
+
 
 def _same(known: str, given: str, key: str) -> None:
     if known != given:
         raise Refusal(400, f"{key} was sent before with another content")
-
-
-async def _settle(promise: Promise, work: Callable[[str], Awaitable[Result]]) -> Result:
-    """One operation that fails says so in its own result and disturbs no other."""
-    try:
-        return await work(promise.id)
-    except Refusal as error:
-        return {"error": error.detail, "category": "user"}
-    except ValueError as error:  # the engine's door
-        return {"error": " ".join(str(error).split()), "category": "user"}
-    except Exception as error:
-        if no_room(error):
-            log.warning("%s failed: the disk is full", promise.key)
-            return {"error": DISK_FULL, "category": "server"}
-        log.exception("%s failed", promise.key)
-        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())}", "category": "server"}
-    finally:
-        promise.finished = time.monotonic()

@@ -22,6 +22,7 @@ from core import Future, SamplingClient, ServiceClient, TrainingClient
 from core.checkpoints import read_base_model, read_lora_config
 
 log = logging.getLogger("cook.serve")
+SILENT_SECONDS = 600.0  # a client sends a heartbeat every 10
 T = TypeVar("T")
 
 
@@ -52,7 +53,7 @@ class Run:
         try:
             return await asyncio.shield(self.opening)
         except ValueError as error:
-            raise Refusal(400, f"training run {self.id} could not be opened: {' '.join(str(error).split())}") from error
+            raise Refusal(400, f"training run {self.id} could not be opened: {error}") from error
 
     @property
     def trainer(self) -> TrainingClient | None:
@@ -170,7 +171,10 @@ class Server:
 
     def add_run(self, run: Run, lora: dict, metadata: dict | None, opening: Future[TrainingClient]) -> Run:
         async def opened() -> TrainingClient:
-            trainer = await opening
+            try:
+                trainer = await opening
+            except ValueError as error:
+                raise ValueError(self.store.told(error)) from error
             trainer.training_run_id = run.id
             if run.id not in self.runs:  # the session ended meanwhile
                 trainer.close()
@@ -193,8 +197,20 @@ class Server:
     def check_new_run(self, run_id: str, owner: str) -> None:
         if self.store.rows("SELECT 1 FROM runs WHERE id = ?", run_id):
             raise Refusal(400, f"training run {run_id} exists already")
-        if sum(run.owner == owner for run in self.runs.values()) >= self.limits.training_clients:
+        if self._open(owner) >= self.limits.training_clients:
+            self._close_silent(owner)
+        if self._open(owner) >= self.limits.training_clients:
             raise Refusal(429, f"{self.limits.training_clients} training clients are open (limits.training_clients)")
+
+    def _open(self, owner: str) -> int:
+        return sum(run.owner == owner for run in self.runs.values())
+
+    def _close_silent(self, owner: str) -> None:
+        """Sessions whose client has gone without a word: a program that ends tells nobody."""
+        silent = time.time() - SILENT_SECONDS
+        for row in self.store.rows("SELECT id FROM sessions WHERE owner = ? AND finished IS NULL AND seen < ?", owner, silent):
+            if not self.store.rows("SELECT 1 FROM runs WHERE session = ? AND seen >= ?", row["id"], silent):
+                self.finish(row["id"], "no sign of life, and others needed the room")
 
     def check_model(self, name: str) -> str:
         if name not in self.base:
@@ -251,7 +267,7 @@ class Server:
             try:
                 client = await self.service.create_sampling_client(directory, self.base_model_of(checkpoint))
             except ValueError as error:
-                raise Refusal(400, " ".join(str(error).split())) from error
+                raise Refusal(400, self.store.told(error)) from error
             self._by_path[key] = client
         return client
 

@@ -97,6 +97,10 @@ class Store:
         assert row is not None
         return bytes.fromhex(row["value"])
 
+    def told(self, error: Exception) -> str:
+        """An error's text in one line, with checkpoints by their URIs: where they lie is nobody's business."""
+        return " ".join(str(error).split()).replace(f"{self.directory}/", "tinker://")
+
     # ---- checkpoints
 
     def directory_of(self, run: str, kind: str, name: str) -> Path:

@@ -154,7 +154,7 @@ async def forward_backward(request: Request, server: Serving, owner: Owner) -> d
 
     def verb(trainer: TrainingClient) -> Future[ForwardBackwardOutput]:
         nonlocal num_tokens
-        data = [wire_convert.datum(one, f"data[{i}]") for i, one in enumerate(message.data)]
+        data = wire_convert.data(message, server.limits.body_mb)
         num_tokens = sum(one.model_input.length for one in data)
         begin = trainer.forward if message.forward_only else trainer.forward_backward
         return begin(data, message.loss_fn, wire_convert.loss_config(message))

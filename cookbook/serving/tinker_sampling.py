@@ -23,7 +23,7 @@ async def create_sampling_session(body: bodies.CreateSamplingSession, server: Se
     sampler_id = f"{session}:sample:{body.sampling_session_seq_id}"
     known = server.store.row("SELECT base_model, path FROM samplers WHERE id = ?", sampler_id)
     if known is not None:  # a retry
-        if known["path"] != body.model_path:
+        if known["path"] != body.model_path or known["base_model"] != (body.base_model or known["base_model"]):
             raise Refusal(400, f"sampling session {sampler_id} exists already, of {known['path'] or known['base_model']}")
         return {"sampling_session_id": sampler_id, "type": "create_sampling_session"}
     if body.model_path is not None:
@@ -88,6 +88,7 @@ async def _sample(server: Server, owner: str, client: SamplingClient, body: bodi
         with server.meter.operation("logprobs", owner) as operation:
             operation.future = asked = client.target_logprobs(prompt, given)
             targets = (await asked, body.target_prompt_logprobs)
+    wire_convert.check_cells("topk_prompt_logprobs", body.topk_prompt_logprobs * prompt.length)
     with server.meter.operation("sample", owner) as operation:
         operation.future = sampling = client.sample(prompt, body.num_samples, params, wants, body.topk_prompt_logprobs)
         response = await sampling
@@ -95,6 +96,8 @@ async def _sample(server: Server, owner: str, client: SamplingClient, body: bodi
     server.meter.count_sample(owner, client.engine.base_model, prompt.length, num_sampled)
     tops = None
     if body.topk_sample_logprobs:
+        positions = sum(prompt.length + len(sequence.tokens) for sequence in response.sequences)
+        wire_convert.check_cells("topk_sample_logprobs", body.topk_sample_logprobs * positions)
         tops = await top_of_samples(client, prompt, response, body.topk_sample_logprobs, params.temperature)
     return wire_convert.sample_response(
         response, body.prompt_logprobs_last_n, targets, tops, body.topk_sample_logprobs, body.topk_prompt_logprobs

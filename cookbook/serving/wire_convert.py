@@ -13,12 +13,24 @@ from cookbook.serving import proto
 from core import Datum, EncodedTextChunk, ForwardBackwardOutput, ModelInput, SampledSequence, SampleResponse
 
 MOST_ELEMENTS = 1 << 26  # of one tensor once a sparse one is spread out
+MOST_CELLS = 1 << 22  # of the tables that one sampling request may ask for
 _DTYPES = {proto.FLOAT32: np.dtype("<f4"), proto.INT64: np.dtype("<i8"), proto.INT32: np.dtype("<i4")}
 _EMPTY_TOKEN, _EMPTY_LOGPROB = 0, -99999.0  # how a cell of a top-k table says that it is empty
 Top = Sequence[Sequence[tuple[int, float]] | None]
 
 
 # ---- requests
+
+
+def data(message: Any, most_mb: int) -> list[Datum]:
+    """The data of a ForwardBackwardRequest. Raises ValueError, also where sparse tensors would unfold beyond `most_mb`."""
+    sparse = (one for datum in message.data for one in datum.loss_fn_inputs.values() if one.HasField("sparse_csr"))
+    unfolded = sum(math.prod(max(0, size) for size in one.shape) * 8 for one in sparse)
+    if unfolded > most_mb << 20:
+        raise ValueError(
+            f"sparse loss_fn_inputs unfold to {unfolded:,} bytes, expected at most {most_mb} MB (limits.body_mb)"
+        )
+    return [datum(one, f"data[{i}]") for i, one in enumerate(message.data)]
 
 
 def datum(message: Any, where: str) -> Datum:
@@ -61,17 +73,24 @@ def tensor(message: Any, where: str) -> torch.Tensor:
 def json_tensor(given: Mapping[str, Any], where: str) -> torch.Tensor:
     """A tensor of a JSON body, as target_prompt_logprobs is sent."""
     dtypes = {"float32": np.dtype("<f4"), "int64": np.dtype("<i8")}
-    if given.get("dtype") not in dtypes:
-        raise ValueError(f"{where} has dtype {given.get('dtype')!r}, expected float32 or int64")
+    if (dtype := str(given.get("dtype"))) not in dtypes:
+        raise ValueError(f"{where} has dtype {dtype}, expected float32 or int64")
     try:
-        values = np.asarray(given.get("data", []), dtypes[given["dtype"]])
+        values = np.asarray(given.get("data", []), dtypes[dtype])
         shape = [int(size) for size in given.get("shape") or [len(values)]]
+        check_cells(where, math.prod(shape))
         if given.get("sparse_crow_indices") is not None:
             crow = np.asarray(given["sparse_crow_indices"], "<i8")
             return _spread(values, crow, np.asarray(given.get("sparse_col_indices", []), "<i8"), shape, where)
         return torch.from_numpy(values.reshape(shape).copy())
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{where} is no tensor: {error}") from error
+
+
+def check_cells(where: str, count: int) -> None:
+    """Raises ValueError for tables whose size has nothing to do with that of the request."""
+    if count > MOST_CELLS:
+        raise ValueError(f"{where} asks for {count:,} numbers, expected at most {MOST_CELLS:,}")
 
 
 def _array(data: bytes, dtype: str | np.dtype, where: str) -> np.ndarray:
@@ -97,7 +116,9 @@ def _spread(values: np.ndarray, crow: np.ndarray, col: np.ndarray, shape: list[i
 def prompt(given: Mapping[str, Any]) -> ModelInput:
     """The prompt of a JSON body: {"chunks": [{"type": "encoded_text", "tokens": [...]}]}."""
     chunks = []
-    for chunk in given.get("chunks") or []:
+    if not isinstance(given.get("chunks"), list):
+        raise ValueError("the prompt has no list of chunks")
+    for chunk in given["chunks"]:
         kind = chunk.get("type") if isinstance(chunk, dict) else chunk
         if kind != "encoded_text":
             raise ValueError(f"the prompt has a chunk of type {kind!r}; this server samples from text alone")

@@ -6,11 +6,16 @@ and all that can be is checked before the first one starts.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from cookbook.compose import Composed, plugins_on_path
@@ -56,6 +61,12 @@ class Words:
         """By a sweeper of a plugin's, in place of Hydra's own grid."""
         return any(word.startswith("hydra/sweeper=") and word != "hydra/sweeper=basic" for word in self.hydra)
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether the launcher is one of ours, which hold the signals themselves."""
+        launchers = [word.partition("=")[2] for word in self.hydra if word.startswith("hydra/launcher=")]
+        return not launchers or launchers[-1] in ("process", "shared")
+
 
 def sorted_words(words: Sequence[str]) -> Words:
     hydra = [word for word in words if word.startswith(("hydra.", "hydra/"))]
@@ -81,6 +92,7 @@ class Task:
     constant: list[str]
     directory: Path
     metric: str | None  # what jobs are compared by; None: the metric that rates a run's checkpoints
+    owner: int = field(default_factory=os.getpid)  # the process of the sweep; another launcher's jobs run in others
     values: list[tuple[Path, list[str]]] = field(default_factory=list)  # of the jobs begun, what they differ in
 
     def launch(self, how: str, job_overrides: Sequence[Sequence[str]], first: int, at_a_time: int | None) -> list[JobReturn]:
@@ -98,8 +110,15 @@ class Task:
             returns.append(returned)
         return returns
 
+    @property
+    def asks(self) -> Path:
+        """A file that asks jobs to stop, in whatever process they run; there while a sweep of another's launcher is stopped."""
+        return self.directory / ".stop"
+
     def note(self, varied: Sequence[Sequence[str]], first: int) -> None:
         """Jobs that begin now, wherever they run."""
+        if self.asks.exists():
+            raise Stopped
         self.values += [(self.directory / job_name(first + i, words), list(words)) for i, words in enumerate(varied)]
 
     def job(self, number: int, varied: list[str]) -> Any:
@@ -115,14 +134,45 @@ class Task:
 
         from cookbook import sweep
 
+        is_elsewhere = os.getpid() != self.owner
+        if is_elsewhere and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C between two jobs is for the sweep's process to answer
+        if self.asks.exists():
+            return None
         its = HydraConfig.get()
         job = self.job(int(its.job.num), [word.lstrip("+") for word in its.overrides.task])
-        sweep.run_jobs("shared", [job], 1)
+        if sweep.run_jobs("shared", [job], 1, self.asks if is_elsewhere else None):
+            self.asks.touch()
         return sweep.final_value(job.directory, self.metric)
 
 
 class Stopped(Exception):
     """The jobs were asked to stop: a search is not to begin others."""
+
+
+@contextlib.contextmanager
+def _stopped_by_file(task: Task) -> Iterator[None]:
+    """While another's launcher runs jobs: the first Ctrl-C or SIGTERM asks them to stop, a second Ctrl-C is the launcher's."""
+    from cookbook.sweep import STOPPING
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if not task.asks.exists():
+            task.directory.mkdir(parents=True, exist_ok=True)
+            task.asks.touch()
+            os.write(2, STOPPING)
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except RuntimeError:  # a pool may break when its processes are asked to stop while they start
+        if not task.asks.exists():
+            raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        task.asks.unlink(missing_ok=True)
 
 
 def multirun(compose: ComposeJob, words: Sequence[str], kind: str, metric: str | None, console: Console) -> int:
@@ -145,7 +195,8 @@ def multirun(compose: ComposeJob, words: Sequence[str], kind: str, metric: str |
     task = Task(compose, constant, directory, metric)
     status = 0
     try:
-        _sweep(task, parts, _direction(kind, metric))
+        with contextlib.nullcontext() if parts.is_ours else _stopped_by_file(task):
+            _sweep(task, parts, _direction(kind, metric))
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(one_line(error)) from error
     except Stopped:
@@ -155,10 +206,10 @@ def multirun(compose: ComposeJob, words: Sequence[str], kind: str, metric: str |
             raise
         console.print(f"the search broke off: {error}", highlight=False, markup=False)
         status = 1
-    except KeyboardInterrupt:  # at another's launcher, which has ended its jobs
+    except KeyboardInterrupt:  # a second one at another's launcher, which has ended its jobs
         status = 130
     jobs = summarise(directory, task.values, metric, console)
-    failed = any(job.state == "failed" for job in jobs) or len(jobs) < len(task.values)
+    failed = any(job.state in ("failed", "killed") for job in jobs) or len(jobs) < len(task.values)
     return status or (1 if failed else 0)
 
 

@@ -14,6 +14,7 @@ from cookbook.charts import TEMPLATES, figure, page, short
 from cookbook.curves import all_charts, headline_charts
 from cookbook.errors import UsageError
 from cookbook.progress import duration
+from cookbook.report_evals import evals_of, past_evals
 from cookbook.report_reader import reader_sets
 from cookbook.run_list import RunLine, line_of
 from cookbook.run_reader import RUNS, PastRun, read_run, runs_in
@@ -96,6 +97,7 @@ def run_page(run: PastRun) -> str:
     rows, sets, line = run.metrics(), reader_sets(run), line_of(run)
     settings = _settings(run)
     sections = {
+        "measured": ("Measured afterwards", evals_of(run)),
         "reader": ("What it read and wrote", _reader(sets) if sets else ""),
         "curves": ("All curves", all_charts({run.name: rows}) if rows else ""),
         "settings": ("Settings", settings),
@@ -157,7 +159,7 @@ def _notices(run: PastRun, line: RunLine, rows: Rows) -> list[str]:
         notices.append(("bad", f"Failed after step {line.steps}: {(run.result or {}).get('error', 'no reason was left')}"))
     if gaps := _gaps(rows):
         notices.append(("warn", f"metrics.jsonl has no row for {gaps}."))
-    problems = [*run.unreadable, *run.rows("metrics.jsonl")[1], *run.rows("checkpoints.jsonl")[1]]
+    problems = [*run.unreadable, *run.rows("metrics.jsonl")[1], *run.rows("checkpoints.jsonl")[1], *past_evals(run)[1]]
     notices += [("warn", problem) for problem in problems[:5]]
     if not rows:
         notices.append(("calm", "No step has been logged yet."))

@@ -9,6 +9,7 @@ from pathlib import Path
 from cookbook.charts import TEMPLATES, colour_class, figure, legend_of, page
 from cookbook.curves import all_charts
 from cookbook.progress import duration
+from cookbook.report_evals import evals_compared
 from cookbook.run_list import line_of
 from cookbook.run_reader import PastRun
 from cookbook.settings import differing, shown
@@ -19,9 +20,11 @@ def comparison(runs: Sequence[PastRun]) -> str:
     named = _names(runs)
     colours = {name: index for index, name in enumerate(named)}
     rows = {name: run.metrics() for name, run in named.items()}
+    if measured := evals_compared(named, colours):
+        measured = f"<h2>Measured by cook eval</h2>{measured}"
     body = [
         f"<header><h1>{len(named)} runs compared</h1></header>", _outcomes(named, colours), "<h2>Settings that differ</h2>",
-        _settings(named, colours), '<h2 id="curves">Curves</h2>',
+        _settings(named, colours), measured, '<h2 id="curves">Curves</h2>',
         f'<div class="sticky">{legend_of(named, colours)}</div>', all_charts(rows),
     ]  # fmt: skip
     problems = [

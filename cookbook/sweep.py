@@ -27,6 +27,7 @@ from cookbook.run_reader import PastRun, read_run
 LOSSES = ("train/nll", "train/loss", "dpo/loss")
 DIVERGED_RATIO, DIVERGED_STEPS = 2.0, 3
 LOOK_SECONDS = 0.5
+STOPPING = b"\nstopping all jobs with a checkpoint each (Ctrl-C exits at once)\n"
 
 
 @dataclass
@@ -59,12 +60,13 @@ def out_of(directory: Path) -> Path:
     return directory.with_name(f"{directory.name}.out")
 
 
-def run_jobs(how: str, jobs: Sequence[Job], at_a_time: int | None) -> bool:
+def run_jobs(how: str, jobs: Sequence[Job], at_a_time: int | None, asks: Path | None = None) -> bool:
     """Run all to their ends; the first Ctrl-C or SIGTERM stops them with a checkpoint each, a second Ctrl-C at once.
 
+    `asks`: a file whose appearance asks the same, of a process that somebody else watches: it says nothing of it then.
     Whether they were asked to stop.
     """
-    with _Screen(jobs) as screen, _Stopping(jobs) as stopping:
+    with _Screen(jobs) as screen, _Stopping(jobs, asks) as stopping:
         if how == "shared":
             _run_threads(jobs, at_a_time or len(jobs), stopping, screen)
         else:
@@ -144,6 +146,7 @@ def _run_threads(jobs: Sequence[Job], at_a_time: int, stopping: _Stopping, scree
         time.sleep(LOOK_SECONDS)
         for job in jobs:
             _watch(job)
+        stopping.look()
         screen.show()
 
 
@@ -207,8 +210,8 @@ def has_diverged(losses: Sequence[float]) -> bool:
 class _Stopping:
     """Holds the two signals while jobs run: the first asks every job to stop, a second Ctrl-C ends them at once."""
 
-    def __init__(self, jobs: Sequence[Job]) -> None:
-        self.jobs, self.asked = jobs, False
+    def __init__(self, jobs: Sequence[Job], asks: Path | None = None) -> None:
+        self.jobs, self.asked, self._asks = jobs, False, asks
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> _Stopping:
@@ -227,15 +230,24 @@ class _Stopping:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if not self.asked:
-            self.asked = True
-            os.write(2, b"\nstopping all jobs with a checkpoint each (Ctrl-C exits at once)\n")
-            for job in self.jobs:
-                stop_job(job)
+            if self._asks is None:
+                os.write(2, STOPPING)
+            self._ask()
         elif number == signal.SIGINT:
             for job in self.jobs:
                 if job.process is not None and job.process.poll() is None:
                     job.process.kill()
             os._exit(130)
+
+    def look(self) -> None:
+        """Whether the file that asks is there by now."""
+        if not self.asked and self._asks is not None and self._asks.exists():
+            self._ask()
+
+    def _ask(self) -> None:
+        self.asked = True
+        for job in self.jobs:
+            stop_job(job)
 
 
 class _Screen:

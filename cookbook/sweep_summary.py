@@ -18,6 +18,7 @@ from cookbook.sweep import has_diverged, losses_of, out_of, short
 if TYPE_CHECKING:
     from rich.console import Console
 
+STYLES = {"failed": "red", "diverged": "red", "not begun": "yellow", "killed": "magenta", "interrupted": "yellow"}
 LEADING = ("train/nll", "dpo/loss", "env/all/reward")  # charts that come first, then evaluations
 
 
@@ -55,7 +56,7 @@ def summarise(directory: Path, values: list[tuple[Path, list[str]]], metric: str
         "jobs": [
             {"run": str(job.run.directory.relative_to(directory)), "varied": job.varied, "state": job.state,
              "value": job.value, "steps": job.steps, "seconds": job.seconds} for job in jobs
-        ] + [{"run": path.name, "varied": " ".join(words), "state": "failed"} for path, words in missing],
+        ] + [{"run": path.name, "varied": " ".join(words), "state": _lost(path)} for path, words in missing],
     }  # fmt: skip
     records.replace(directory / "sweep.json", json.dumps(records.strict(record), indent=1) + "\n")
     records.replace(directory / "sweep.html", sweep_page(directory.name, name, jobs))
@@ -86,20 +87,25 @@ def _print(
     for job in jobs:
         value = "-" if job.value is None else f"{job.value:.4f}"
         number = job.run.directory.name.partition("_")[0]
-        style = "red" if job.state in ("failed", "diverged") else ""
-        table.add_row(number, job.varied, job.state, value, str(job.steps), duration(job.seconds), style=style)
+        table.add_row(number, job.varied, job.state, value, str(job.steps), duration(job.seconds), style=STYLES.get(job.state))
     for path, words in missing:
-        table.add_row(path.name.partition("_")[0], " ".join(words), "failed", "-", "0", "-", style="red")
+        table.add_row(path.name.partition("_")[0], " ".join(words), state := _lost(path), "-", "0", "-", style=STYLES[state])
     console.print()
     console.print(table)
     console.print(f"\nsweep       {short(directory)}", highlight=False)
     console.print(f"curves      {short(directory / 'sweep.html')}", highlight=False)
     if jobs and jobs[0].state == "completed":
         console.print(f"best        {short(jobs[0].run.directory)}", highlight=False, soft_wrap=True)
-    for path, _ in missing:
-        out = out_of(path)  # there is none of a job that was never begun
-        last = (out.read_text(errors="replace").strip().splitlines() if out.exists() else []) or ["not begun"]
+    for path in (path for path, _ in missing if _lost(path) == "failed"):
+        last = out_of(path).read_text(errors="replace").strip().splitlines() or ["it said nothing"]
         console.print(f"failed      {path.name}: {last[-1]}", highlight=False, markup=False, soft_wrap=True)
+    if stopped := [job.run for job in jobs if job.state in ("interrupted", "killed")]:
+        console.print(f"resume      cook resume {short(stopped[0].directory)}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _lost(path: Path) -> str:
+    """The state of a job that left no run: it failed before, or was never begun."""
+    return "failed" if out_of(path).exists() else "not begun"
 
 
 def sweep_page(title: str, metric: str | None, jobs: list[Ended]) -> str:

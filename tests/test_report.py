@@ -263,6 +263,61 @@ def test_what_is_too_long_for_a_page_is_cut_with_the_most_telling_kept(here: Pat
     assert "[... 1200 tokens ...]" in json.dumps(first) and "characters ...]" in json.dumps(first)
 
 
+# What cook eval measured.
+
+
+def measured(run: Path, name: str, time: str, value: float, *words: str, **more: object) -> None:
+    """A file as `cook eval` leaves it."""
+    figure = {"value": value, "low": value - 0.1, "high": value + 0.1, "num_items": 64, **more}
+    record = {
+        "policy": "a", "step": 40, "against": "base" if more else None, "words": list(words), "problems": 64, "samples": 1,
+        "temperature": None, "max_tokens": None, "seed": 0, "time": time, "figures": {name: figure},
+    }  # fmt: skip
+    (run / "evals").mkdir(exist_ok=True)
+    (run / "evals" / f"{time.replace(':', '')}.json").write_text(json.dumps(record))
+
+
+def test_what_cook_eval_measured_is_on_the_page_the_newest_first(here: Path, browser: Any) -> None:
+    run = rl_run(here / "runs/a", 40)
+    base = {"value": 0.5, "low": 0.4, "high": 0.6, "num_items": 64}
+    gain = {"value": 0.31, "low": 0.2, "high": 0.42, "higher": 20, "lower": 0, "equal": 44}
+    measured(run, "arithmetic/reward", "2026-11-28T10:00:00+0000", 0.7)
+    measured(run, "gsm8k/correct", "2026-11-28T11:00:00+0000", 0.81, "env=gsm8k", against=base, difference=gain)
+    (run / "evals/torn.json").write_text('{"figures": {"arith')
+    opened = Opened(browser, report(["a"], None))
+    first, second = opened.page.locator("table.measured tr").all()[1:]
+    cells = ["2026-11-28 11:00", "step 40", "gsm8k/correct\nenv=gsm8k", "0.81 (0.71..0.91)", "base", "0.5"]
+    assert first.locator("td").all_inner_texts() == [*cells, "+0.31 (+0.2..+0.42)", "64"]
+    assert second.locator("td").nth(3).inner_text() == "0.7 (0.6..0.8)"
+    assert "evals/torn.json cannot be read as an evaluation: left out" in opened.text(".notice.warn")
+    opened.page.locator("nav a", has_text="Measured afterwards").click()
+    assert opened.page.locator("table.measured").is_visible()
+    opened.close()
+
+
+def test_runs_measured_in_the_same_words_share_a_row(here: Path, browser: Any) -> None:
+    for job, value in enumerate((0.5, 0.625)):
+        run = rl_run(here / f"runs/grid/{job}", 5, seed=job)
+        measured(run, "gsm8k/correct", "2026-11-28T10:00:00+0000", 0.1, "env=gsm8k")
+        measured(run, "gsm8k/correct", "2026-11-28T11:00:00+0000", value, "env=gsm8k")
+    measured(run, "gsm8k/correct", "2026-11-28T12:00:00+0000", 0.25, "env=gsm8k", "env.split=test")
+    opened = Opened(browser, report(["grid"], None))
+    rows = [row.locator("td").all_inner_texts() for row in opened.page.locator("table.measured tr").all()[1:]]
+    assert rows == [
+        ["gsm8k/correct\nenv=gsm8k", "0.5 (0.4..0.6)", "0.625 (0.53..0.72)"],
+        ["gsm8k/correct\nenv=gsm8k env.split=test", "", "0.25 (0.15..0.35)"],
+    ]
+    opened.close()
+
+
+def test_an_evaluation_of_a_run_is_in_its_next_report(here: Path, one_thread: None) -> None:
+    assert train(here / "run", write_rows(here / "rows.jsonl", map(chat, range(40))), steps=2) == 0
+    assert 'class="measured"' not in page_of("run")
+    assert main(["eval", "run", "--against", "base"]) == 0
+    table = page_of("run").partition('<table class="measured">')[2].partition("</table>")[0]
+    assert "<td>step 2</td><td>held_out/nll</td>" in table and "<td>base</td>" in table
+
+
 # Runs that write their own.
 
 

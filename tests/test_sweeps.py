@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,19 @@ import yaml
 
 from cookbook.cli import main
 from cookbook.run_reader import read_run, runs_in
-from tests.small_runs import chat, command, losses, metrics, newest, result, train, weights, write_rows
+from tests.small_runs import (
+    chat,
+    command,
+    contents,
+    losses,
+    newest,
+    num_rows,
+    result,
+    train,
+    wait_until,
+    weights,
+    write_rows,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -87,22 +100,10 @@ def test_one_that_fails_and_one_that_diverges_leave_the_others_alone(
 
 
 def test_ctrl_c_stops_every_job_with_a_checkpoint(rows: Path, tmp_path: Path) -> None:
-    changes = {"seed": "0,1,2", "steps": 100_000, "eval_every": 0, "save_every": 0}
-    words = [*command(tmp_path / "sweep", rows, **changes), "-m", "hydra/launcher=shared"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cookbook.cli", *words], stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while len(done := [job for job in runs_in(tmp_path / "sweep") if (job / "metrics.jsonl").exists()]) < 3 or not all(
-            len(metrics(job)) > 3 for job in done
-        ):
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.2)
+    with endless(tmp_path / "sweep", rows, "hydra/launcher=shared", seed="0,1,2") as process:
+        wait_for_rows(tmp_path / "sweep", jobs=3, rows=4)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 0
-    finally:
-        process.kill()
     for job in runs_in(tmp_path / "sweep"):
         assert result(job)["status"] == "interrupted" and newest(job).is_dir()
 
@@ -185,20 +186,77 @@ def test_joblibs_jobs_are_watched_and_named_as_ours(rows: Path, tmp_path: Path) 
 
 
 def test_ctrl_c_begins_no_further_batch(rows: Path, tmp_path: Path) -> None:
-    changes = {"seed": "0,1", "steps": 100_000, "eval_every": 0, "save_every": 0}
-    alone = ["-m", "hydra/launcher=shared", "hydra.sweeper.max_batch_size=1"]
-    words = [*command(tmp_path / "sweep", rows, **changes), *alone]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cookbook.cli", *words], stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not any((job / "metrics.jsonl").exists() and len(metrics(job)) > 1 for job in runs_in(tmp_path / "sweep")):
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.2)
+    words = ["hydra/launcher=shared", "hydra.sweeper.max_batch_size=1"]
+    with endless(tmp_path / "sweep", rows, *words, seed="0,1") as process:
+        wait_for_rows(tmp_path / "sweep", jobs=1, rows=2)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 0
-    finally:
-        process.kill()
     (job,) = runs_in(tmp_path / "sweep")
     assert result(job)["status"] == "interrupted" and (tmp_path / "sweep" / "sweep.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to_group", [True, False], ids=["at a terminal", "to the sweep alone"])
+def test_ctrl_c_stops_joblibs_jobs_with_a_checkpoint_too(to_group: bool, rows: Path, tmp_path: Path) -> None:
+    """At a terminal the pool's processes get the signal as well; they leave the answer to the sweep."""
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="uv pip install hydra-joblib-launcher")
+    words = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    with endless(tmp_path / "sweep", rows, *words, seed="0,1,2") as process:
+        wait_for_rows(tmp_path / "sweep", jobs=2, rows=3)
+        (os.killpg if to_group else os.kill)(process.pid, signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 1  # one was not begun
+    assert said.strip() == "stopping all jobs with a checkpoint each (Ctrl-C exits at once)"
+    jobs = {job["varied"]: job["state"] for job in json.loads((tmp_path / "sweep" / "sweep.json").read_text())["jobs"]}
+    assert jobs == {"seed=0": "interrupted", "seed=1": "interrupted", "seed=2": "not begun"}
+    first, second = runs_in(tmp_path / "sweep")
+    done, untouched = result(first)["steps"], contents(newest(second))
+    assert main(["resume", str(first), f"steps={done + 2}"]) == 0 and result(first)["steps"] == done + 2
+    assert contents(newest(second)) == untouched
+
+
+def test_a_killed_job_leaves_its_siblings_alone_and_goes_on_by_itself(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["hydra.launcher.jobs=2"]
+    changes = {"seed": "0,1", "steps": 400, "save_every": 20}
+    with endless(tmp_path / "sweep", rows, *words, **changes) as process:
+        wait_for_rows(tmp_path / "sweep", jobs=2, rows=30)
+        first, second = runs_in(tmp_path / "sweep")
+        os.kill(process_of(first), signal.SIGKILL)
+        assert process.wait(timeout=120) == 1
+    states = {job["run"]: job["state"] for job in json.loads((tmp_path / "sweep" / "sweep.json").read_text())["jobs"]}
+    assert states == {first.name: "killed", second.name: "completed"} and result(second)["steps"] == 400
+    whole = contents(newest(second))
+    assert main(["resume", str(first)]) == 0 and result(first)["steps"] == 400
+    assert contents(newest(second)) == whole
+
+
+# ---- a sweep in a process of its own
+
+
+@contextlib.contextmanager
+def endless(directory: Path, rows: Path, *words: str, **changes: object) -> Iterator[subprocess.Popen[str]]:
+    """One that goes on until somebody stops it, unless `changes` say how long; in a process group of its own."""
+    changes = {"steps": 100_000, "eval_every": 0, "save_every": 0, **changes}
+    command_line = [sys.executable, "-m", "cookbook.cli", *command(directory, rows, **changes), "-m", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command_line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for_rows(sweep_directory: Path, jobs: int, rows: int) -> None:
+    wait_until(lambda: sum(num_rows(job) >= rows for job in runs_in(sweep_directory)) >= jobs, seconds=180)
+
+
+def process_of(run: Path) -> int:
+    """The one that holds it, by its command line."""
+    lines = {file: file.read_bytes() for file in Path("/proc").glob("[0-9]*/cmdline") if file.exists()}
+    return next(int(file.parent.name) for file, line in lines.items() if f"run_dir={run}".encode() in line)

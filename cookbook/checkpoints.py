@@ -40,7 +40,12 @@ class Checkpoints:
         self.keep_last = max(1, keep_last)  # the final one always stays
         self.best_metric = best
         self.best_sign = {"min": 1.0, "max": -1.0}[best_is]
-        self.rows = cast(list[CheckpointRow], records.keep_rows(self.file, lambda row: True))
+        rows = records.keep_rows(self.file, lambda row: True)
+        for row in rows:
+            if lacking := sorted(CheckpointRow.__required_keys__ - row.keys()):
+                what = f"a row of another version, without {', '.join(lacking)}: {records.encode(row)[:60]}"
+                raise UsageError(f"{self.file} holds {what}")
+        self.rows = cast(list[CheckpointRow], rows)
         self.let_go: Callable[[str], None] = lambda uri: None  # of a checkpoint on a server that the run does not keep
 
     def directory(self, row: CheckpointRow) -> Path | None:

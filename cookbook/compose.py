@@ -252,7 +252,11 @@ def _load(primary: str, overrides: list[str], config_dir: Path | None, keys: lis
         OmegaConf.set_struct(cfg, False)
         return cfg
     except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(one_line(error) + _key_hint(error, keys)) from error
+        told = one_line(error) + _key_hint(error, keys)
+        if told.startswith(f"In '{SAVED}': "):
+            what = told.partition("composing config: ")[2]
+            told = f"the run's config.yaml is of another version ({what}): change it there, or use the version of run.json"
+        raise UsageError(told) from error
 
 
 # What was typed is checked before Hydra sees it: its own messages depend on its version and say little to a person.

@@ -181,9 +181,9 @@ def measures_of(found: Found, words: Sequence[str], choice: Choice, say: Callabl
 def _of_run(past: PastRun, choice: Choice, say: Callable[[str], None]) -> Iterator[Measure]:
     kind = past.recipe.partition("/")[0]
     if kind not in ("sft", "rl", "dpo"):
-        raise UsageError(
-            f"{past.name} comes from a recipe of its own ({past.recipe or 'unknown'}): say on what, env=... or data=..."
-        )
+        unknown = f"is of an unknown recipe ({'; '.join(past.unreadable)})"
+        what = f"comes from a recipe of its own ({past.recipe})" if past.recipe else unknown
+        raise UsageError(f"{past.name} {what}: say on what, env=... or data=...")
     config = recompose(past.recipe, past.config, []).config
     if kind == "rl":
         yield _scored(config, choice, say)

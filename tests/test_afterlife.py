@@ -99,6 +99,29 @@ def test_a_run_that_goes_on_a_killed_one_and_a_torn_one_can_be_sampled(
     assert "step 12 (killed" in lines_of(["sample", str(copy), "hi", "--max-tokens", "3"], capsys)[1]
 
 
+def test_a_run_of_another_version_is_used_where_it_can_be_and_else_told_in_a_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Talking to it needs the model alone; going on with it needs every key, and leaves the run as it was."""
+    old = tmp_path / "old"
+    subprocess.run(["cp", "-r", str(run), str(old)], check=True)
+    written = (run / "config.yaml").read_text().replace("lora:\n", "lora:\n  dropout: 0.1\n")
+    (old / "config.yaml").write_text("\n".join(line for line in written.splitlines() if not line.startswith("save_minutes")))
+    assert lines_of(["sample", str(old), "hi", "--max-tokens", "3"], capsys)[0]
+    before = {path: path.read_bytes() for path in old.glob("*.json*")}
+    for words in (["resume", str(old), "steps=14"], ["rerun", str(old), f"run_dir={tmp_path / 'new'}"], ["eval", str(old)]):
+        found = refusal(words, capsys)
+        assert "the run's config.yaml is of another version (Key 'dropout' not in 'LoraConfig'" in found
+    assert before == {path: path.read_bytes() for path in old.glob("*.json*")} and not (tmp_path / "new").exists()
+    (old / "config.yaml").write_text((old / "config.yaml").read_text().replace("  dropout: 0.1\n", ""))
+    assert json_of(["eval", str(old)], capsys)["figures"]["held_out/nll"]["num_items"] == 6  # a key it lacks has its default
+    (old / "checkpoints.jsonl").write_text('{"step": 12, "uri": "tinker://a/weights/000012"}\n')
+    assert "a row of another version, without loop, metrics, path" in refusal(["resume", str(old), "steps=14"], capsys)
+    (old / "run.json").unlink()
+    assert "is of an unknown recipe (run.json is missing or torn): say on what" in refusal(["eval", str(old)], capsys)
+    assert "its record cannot be used: run.json is missing" in refusal(["resume", str(old)], capsys)
+
+
 def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bare = rl_run(tmp_path / "bare", 5)
     for words, said in [

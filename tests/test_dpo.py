@@ -143,3 +143,15 @@ def test_a_mistake_is_one_line(
 def test_sft_tells_where_pairs_belong(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(tmp_path / "run", rows) == 2
     assert "rows with chosen and rejected are for `cook dpo`" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_embedded_model_learns_what_a_mistake_is_within_eight_steps(tmp_path: Path) -> None:
+    """The defaults but for the size: 26 held-out pairs, ties before the first step in whatever dtype the machine has."""
+    words = ["steps=8", "batch_size=8", "max_length=170", "data.size=400", "data.eval_rows=32", "learning_rate=2e-4"]
+    words += ["eval.prompts=0", "eval_every=0", "save_every=0", f"run_dir={tmp_path / 'run'}"]
+    assert main(["dpo", *words]) == 0
+    before, after = (result(tmp_path / "run")["eval"][phase] for phase in ("before", "after"))
+    assert before["held_out/accuracy"] == 0.5 and before["held_out/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert after["held_out/accuracy"] > 0.8 and after["held_out/margin"] > 0.2
+    assert after["held_out/chosen_shift"] > -0.1  # nats per token

@@ -92,17 +92,17 @@ def test_a_tied_model_stays_tied_without_an_adapter_of_the_head(tmp_path: Path) 
 
 
 def test_merging_holds_no_more_than_two_shards(tmp_path: Path) -> None:
-    """64 shards of 4 MB: the resident memory may rise by a few of them, not by the model."""
+    """16 shards of 16 MB: the resident memory may rise by two of them and by what a tokenizer takes."""
     from safetensors.torch import save_file
 
     from cookbook.config import ModelConfig
     from cookbook.exporting.model_dirs import write_merged
     from cookbook.renderers import load_renderer
 
-    base, adapter_dir, size = tmp_path / "base", tmp_path / "adapter", 1024
+    base, adapter_dir, size = tmp_path / "base", tmp_path / "adapter", 2048
     for folder in (base, adapter_dir, tmp_path / "out"):
         folder.mkdir()
-    names = [f"model.layers.{layer}.mlp.up_proj" for layer in range(63)]
+    names = [f"model.layers.{layer}.mlp.up_proj" for layer in range(15)]
     files = {f"{name}.weight": f"{index}.safetensors" for index, name in enumerate(names)}
     files["model.embed_tokens.weight"] = "embed.safetensors"
     for name, file in files.items():
@@ -119,8 +119,8 @@ def test_merging_holds_no_more_than_two_shards(tmp_path: Path) -> None:
     merged.read(f"{names[0]}.weight")  # what torch takes once
     peak, before = Watermark(), Watermark.now()
     write_merged(merged, renderer, tmp_path / "out", shard_bytes=shard)
-    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) == 64
-    assert peak.bytes() - before < 8 * shard  # two shards, one in fp32 on its way, and what a tokenizer takes
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) == 16
+    assert peak.bytes() - before < 2.5 * shard
     made, name = Merged(tmp_path / "out", None), f"{names[5]}.weight"
     a, b = (factors[f"base_model.model.{names[5]}.lora_{x}.weight"] for x in "AB")
     torch.testing.assert_close(made.read(name), Merged(base, None).read(name) + 16 * b @ a, rtol=1e-5, atol=1e-4)

@@ -115,11 +115,12 @@ def test_a_run_of_another_version_is_used_where_it_can_be_and_else_told_in_a_lin
     assert before == {path: path.read_bytes() for path in old.glob("*.json*")} and not (tmp_path / "new").exists()
     (old / "config.yaml").write_text((old / "config.yaml").read_text().replace("  dropout: 0.1\n", ""))
     assert json_of(["eval", str(old)], capsys)["figures"]["held_out/nll"]["num_items"] == 6  # a key it lacks has its default
-    (old / "checkpoints.jsonl").write_text('{"step": 12, "uri": "tinker://a/weights/000012"}\n')
-    assert "a row of another version, without loop, metrics, path" in refusal(["resume", str(old), "steps=14"], capsys)
-    (old / "run.json").unlink()
+    (old / "run.json").rename(tmp_path / "kept.json")
     assert "is of an unknown recipe (run.json is missing or torn): say on what" in refusal(["eval", str(old)], capsys)
     assert "its record cannot be used: run.json is missing" in refusal(["resume", str(old)], capsys)
+    (tmp_path / "kept.json").rename(old / "run.json")
+    (old / "checkpoints.jsonl").write_text('{"step": 12, "uri": "tinker://a/weights/000012"}\n')
+    assert "a row of another version, without loop, metrics, path" in refusal(["resume", str(old), "steps=14"], capsys)
 
 
 def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

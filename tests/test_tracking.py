@@ -7,9 +7,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -124,6 +126,7 @@ def test_an_offline_run_is_written_and_goes_on_under_its_id(tmp_path: Path) -> N
         for step in (1, 2, 3):
             run.log(step, {"train/nll": 1 / step})
         row = run.checkpoint(3, "tinker://a/weights/000003", loop={})
+    time.sleep(1)  # W&B names the directory of a session by the second
     with start(tmp_path, log=offline) as run:
         run.resume(lambda row: None)
         run.log(4, {"train/nll": 0.25})
@@ -202,21 +205,30 @@ def test_trackio_that_is_not_installed_is_one_line(tmp_path: Path) -> None:
 
 
 def history(file: Path) -> list[dict[str, float]]:
-    """The logged rows of a .wandb file: a LevelDB log (32 KiB blocks, 7-byte headers) of protobuf records."""
+    """The logged rows of a .wandb file. W&B's service writes its end after `finish` has returned: this waits for it."""
+    deadline = time.monotonic() + 60
+    while "exit" not in {record.WhichOneof("record_type") for record in wandb_records(file)}:
+        assert time.monotonic() < deadline, f"{file} has no end"
+        time.sleep(0.05)
+    items = [list(r.history.item) for r in wandb_records(file) if r.WhichOneof("record_type") == "history"]
+    return [{item.key or item.nested_key[0]: json.loads(item.value_json) for item in row} for row in items]
+
+
+def wandb_records(file: Path) -> list[Any]:
+    """Those that are there by now, of a LevelDB log: 32 KiB blocks, 7-byte headers, protobuf."""
     from wandb.proto import wandb_internal_pb2
 
-    data, rows, position, pending = file.read_bytes(), [], 7, b""
+    data, found, position, pending = file.read_bytes(), [], 7, b""
     while position + 7 <= len(data):
         if 32768 - position % 32768 < 7:
             position += 32768 - position % 32768
             continue
         length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        if kind == 0 or position + 7 + length > len(data):
+            break  # still being written
         pending += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # a whole record, or the last part of one
-            record = wandb_internal_pb2.Record.FromString(pending)
+            found.append(wandb_internal_pb2.Record.FromString(pending))
             pending = b""
-            if record.WhichOneof("record_type") == "history":
-                items = record.history.item
-                rows.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in items})
-    return rows
+    return found

@@ -56,24 +56,32 @@ def main() -> None:
 @contextmanager
 def served(model: str, device: str) -> Iterator[str]:
     """The address of a server that is ready; it ends with the block."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    url, store = f"http://127.0.0.1:{port}", tempfile.mkdtemp(prefix="bench-serve-")
-    words = [f"model={model}", f"port={port}", f"store={store}", f"engine.device={device}"]
-    process = subprocess.Popen([sys.executable, "-m", "cookbook.cli", "serve", *words], stdout=sys.stderr)
+    port = free_port()
+    process = start_server(model, port, tempfile.mkdtemp(prefix="bench-serve-"), device)
     try:
-        while True:
-            try:
-                urllib.request.urlopen(f"{url}/api/v1/healthz", timeout=1).close()
-                break
-            except OSError:
-                if process.poll() is not None:
-                    raise SystemExit(f"cook serve ended with status {process.returncode}") from None
-                time.sleep(0.1)
-        yield url
+        yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
         process.wait(30)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+def start_server(model: str, port: int, store: str, device: str, *words: str) -> subprocess.Popen[bytes]:
+    """`cook serve`, once it answers."""
+    words = (f"model={model}", f"port={port}", f"store={store}", f"engine.device={device}", *words)
+    process = subprocess.Popen([sys.executable, "-m", "cookbook.cli", "serve", *words], stdout=sys.stderr)
+    while True:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v1/healthz", timeout=1).close()
+            return process
+        except OSError:
+            if process.poll() is not None:
+                raise SystemExit(f"cook serve ended with status {process.returncode}") from None
+            time.sleep(0.1)
 
 
 def measure(url: str, rounds: int, device: str) -> dict[str, Any]:

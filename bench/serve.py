@@ -30,7 +30,8 @@ from bench.machine import describe, fast_dtype
 from bench.sft import RESULTS
 from bench.shapes import random_model
 
-CLIENTS, ROWS, ROW_TOKENS, STEPS = 8, 4, 64, 12
+CLIENTS, STEPS, ROW_TOKENS = 8, 12, 64
+BATCHES = ((4, 64), (16, 256))  # rows and tokens each of a training client's step
 FLOOD_ROWS, SMALL_CALLS = 16, 24
 
 
@@ -97,7 +98,7 @@ def measure(url: str, rounds: int, device: str) -> dict[str, Any]:
     calls = {name: (getattr(there, name), getattr(here, name)) for name in PRIMITIVES}
     return {
         "calls_ms": {name: overhead(*pair, 10 if name == "save_state" else rounds) for name, pair in calls.items()},
-        **throughput(remote, here, model),
+        "throughput": [throughput(remote, here, model, *batch) for batch in BATCHES],
         "fairness": fairness(remote, there, model),
     }
 
@@ -105,9 +106,9 @@ def measure(url: str, rounds: int, device: str) -> dict[str, Any]:
 PRIMITIVES = ("forward_backward", "train_step", "sample", "save_state")
 
 
-def rows(count: int, seed: int = 0) -> list[list[int]]:
-    draw = random.Random(seed)
-    return [[draw.randrange(3, 250) for _ in range(ROW_TOKENS + 1)] for _ in range(count)]
+def rows(count: int, length: int = ROW_TOKENS) -> list[list[int]]:
+    draw = random.Random(0)
+    return [[draw.randrange(3, 250) for _ in range(length + 1)] for _ in range(count)]
 
 
 class Wire:
@@ -118,7 +119,7 @@ class Wire:
         self.sampler = trainer.save_weights_and_get_sampling_client().result()
         self.saves = 0
 
-    def data(self, count: int) -> list[Any]:
+    def data(self, count: int, length: int = ROW_TOKENS) -> list[Any]:
         import torch
         from tinker import types
 
@@ -127,7 +128,7 @@ class Wire:
 
         return [
             types.Datum(model_input=types.ModelInput.from_ints(row[:-1]), loss_fn_inputs={"target_tokens": as_targets(row)})
-            for row in rows(count)
+            for row in rows(count, length)
         ]
 
     def forward_backward(self) -> None:
@@ -161,12 +162,12 @@ class Local:
         self.sampler = trainer.save_weights_and_get_sampling_client().result()
         self.saves = 0
 
-    def data(self, count: int) -> list[Any]:
+    def data(self, count: int, length: int = ROW_TOKENS) -> list[Any]:
         import torch
 
         from core import Datum, ModelInput
 
-        return [Datum(ModelInput.from_ints(row[:-1]), {"target_tokens": torch.tensor(row[1:])}) for row in rows(count)]
+        return [Datum(ModelInput.from_ints(row[:-1]), {"target_tokens": torch.tensor(row[1:])}) for row in rows(count, length)]
 
     def forward_backward(self) -> None:
         self.trainer.forward_backward(self.data(1), "cross_entropy").result()
@@ -203,26 +204,26 @@ def overhead(wire: Callable[[], None], local: Callable[[], None], rounds: int) -
     }  # fmt: skip
 
 
-def throughput(remote: Any, here: Local, model: str) -> dict[str, float]:
+def throughput(remote: Any, here: Local, model: str, count: int, length: int) -> dict[str, float]:
     """Trained tokens per second of CLIENTS clients over the wire, and of one in process with the same tokens."""
     clients = [Wire(remote.create_lora_training_client(model, rank=8).result()) for _ in range(CLIENTS)]
 
     def train(client: Wire) -> None:
-        data = client.data(ROWS)
+        data = client.data(count, length)
         for _ in range(STEPS):
             client.train_step(data)
 
     together = seconds(lambda: _at_once([lambda client=client: train(client) for client in clients]))
 
     def alone() -> None:
-        data = here.data(ROWS * CLIENTS)
+        data = here.data(count * CLIENTS, length)
         for _ in range(STEPS):
             here.train_step(data)
 
-    tokens = CLIENTS * STEPS * ROWS * ROW_TOKENS
+    tokens = CLIENTS * STEPS * count * length
     in_process = seconds(alone)
     return {
-        "clients": CLIENTS, "clients_tokens_per_second": _round(tokens / together),
+        "clients": CLIENTS, "rows": count, "row_tokens": length, "clients_tokens_per_second": _round(tokens / together),
         "in_process_tokens_per_second": _round(tokens / in_process), "clients_share": round(in_process / together, 3),
     }  # fmt: skip
 

@@ -10,6 +10,7 @@ import logging
 import secrets
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
@@ -53,6 +54,7 @@ class Promises:
         self.store = store
         self._by_id: dict[str, Promise] = {}
         self._by_key: dict[str, Promise] = {}
+        self._open: Counter[tuple[str, str]] = Counter()  # operations that are not over, by owner and by training run
 
     def begin(self, owner: str, key: str, digest: str, work: Callable[[str], Awaitable[Result]], **reply: object) -> dict:
         """Start `work(request_id)` unless `key` is known; the reply that accepts it. Refusal 400 if the payload differs."""
@@ -68,18 +70,27 @@ class Promises:
         promise = Promise(request_id, owner, key, digest, {"request_id": request_id, **reply})
         self._by_id[request_id] = self._by_key[key] = promise
         promise.task = asyncio.create_task(self._settle(promise, work))
+        marks = (("owner", owner), ("run", key.rpartition(":")[0]))
+        self._open.update(marks)
+        promise.task.add_done_callback(lambda _: self._close(marks))
         return promise.reply
+
+    def _close(self, marks: tuple[tuple[str, str], ...]) -> None:
+        for mark in marks:
+            self._open[mark] -= 1
+            if not self._open[mark]:
+                del self._open[mark]
 
     def known(self, key: str) -> bool:
         return key in self._by_key
 
-    def count(self, prefix: str = "") -> int:
-        """Operations that are not over, of keys that begin so."""
-        return sum(not p.task.done() and p.key.startswith(prefix) for p in self._by_id.values())
-
     def waiting(self, owner: str) -> int:
         """Operations of `owner` that are not over."""
-        return sum(not p.task.done() and p.owner == owner for p in self._by_id.values())
+        return self._open["owner", owner]
+
+    def waiting_of(self, run_id: str) -> int:
+        """Operations of a training run that are not over."""
+        return self._open["run", run_id]
 
     def remember_save(self, request_id: str, result: dict) -> None:
         """A save is acknowledged once it is in the index: a restarted server still answers for it.

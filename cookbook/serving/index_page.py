@@ -99,7 +99,7 @@ class _Page:
 
     def _client_cells(self, run: Run, seen: float, rank: int) -> list[str]:
         steps = str(run.trainer.adapter.step) if run.trainer is not None else "opening"
-        waiting = self.server.promises.count(f"{run.id}:")
+        waiting = self.server.promises.waiting_of(run.id)
         about = [run.owner, run.base_model, str(rank), steps, short(run.trained_tokens), str(waiting), _ago(seen)]
         return [_code(run.id), *map(escape, about)]
 

@@ -307,7 +307,7 @@ async def _begin(request: Request, server: Server, run: Run, seq_id: int, work) 
     """Accept an operation of a training client once; a full queue asks the client to wait."""
     key = f"{run.id}:{seq_id}"
     digest = await body_digest(request)
-    if not server.promises.known(key) and server.promises.count(f"{run.id}:") >= server.limits.queued:
+    if not server.promises.known(key) and server.promises.waiting_of(run.id) >= server.limits.queued:
         raise Refusal(429, f"{server.limits.queued} operations of {run.id} wait (limits.queued)")
     server.store.note_seen("runs", run.id)
     return server.promises.begin(run.owner, key, digest, work, model_id=run.id)

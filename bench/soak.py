@@ -266,8 +266,6 @@ class Trainer(Client):
         self.continued = self.from_scratch = 0
 
     def run(self) -> None:
-        import tinker
-
         client, step = self.new(), 0
         while not self.stop.is_set():
             try:
@@ -277,7 +275,7 @@ class Trainer(Client):
                 step += 1
                 if step % SAVE_EVERY == 0:
                     self.saved.append(client.save_state(f"step-{step}").result().path)
-            except tinker.TinkerError as error:
+            except Exception as error:  # the SDK's own classes differ from call to call
                 client, step = self.after(error)
 
     def new(self) -> Any:
@@ -302,8 +300,8 @@ class Trainer(Client):
         self.losses[step] = loss
 
     def after(self, error: Exception) -> tuple[Any, int]:
-        """The documented refusals: a promise of before the restart, and a training run that is not loaded."""
-        if "the server was restarted" not in str(error):
+        """The documented refusals: a promise of before the restart (410), and a training run that is not loaded (404)."""
+        if not any(words in str(error) for words in ("the server was restarted", "Promise expired/broken")):
             raise error
         if self.saved:
             self.continued += 1

@@ -42,10 +42,11 @@ def main() -> None:
     parser.add_argument("--samplers", type=int, default=64)
     parser.add_argument("--trainers", type=int, default=16)
     parser.add_argument("--restarts", type=int, default=10)
-    parser.add_argument("--work", help=argparse.SUPPRESS)  # the job of one client process, as JSON
+    parser.add_argument("--work", help=argparse.SUPPRESS)  # the job of one client process, as JSON; its answer goes to a file
     args = parser.parse_args()
     if args.work:
-        print(json.dumps(client_process(json.loads(args.work))))
+        job = json.loads(args.work)
+        Path(job["answer"]).write_text(json.dumps(client_process(job)))
         return
     model = random_model("tiny")
     result = {
@@ -69,7 +70,7 @@ def steady(model: str, seconds: float, samplers: int, trainers: int) -> dict[str
     try:
         clients = start_clients(port, model, samplers, trainers, seconds)
         memory = []
-        while any(client.poll() is None for client in clients):
+        while any(process.poll() is None for process, _ in clients):
             memory.append(resident_mb(server.pid))
             time.sleep(0.5)
         found = collect(clients)
@@ -107,8 +108,8 @@ def restarts(model: str, times: int, trainers: int) -> dict[str, Any]:
             server = start_server(model, port, store, "cpu", "engine.dtype=float32")
             down.append(time.monotonic() - start)
         time.sleep(10)
-        for client in clients:
-            client.send_signal(signal.SIGTERM)
+        for process, _ in clients:
+            process.send_signal(signal.SIGTERM)
         found = collect(clients)
         lost = [uri for uri in found["saved"] if not loads(port, uri)]
     finally:
@@ -123,27 +124,29 @@ def restarts(model: str, times: int, trainers: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def start_clients(port: int, model: str, samplers: int, trainers: int, seconds: float) -> list[subprocess.Popen[str]]:
-    processes = []
+ClientProcess = tuple["subprocess.Popen[bytes]", Path]  # and where its answer will be
+
+
+def start_clients(port: int, model: str, samplers: int, trainers: int, seconds: float) -> list[ClientProcess]:
+    processes, folder = [], Path(tempfile.mkdtemp(prefix="bench-soak-clients-"))
     for n in range(PROCESSES):
         job = {
-            "url": f"http://127.0.0.1:{port}", "model": model, "seconds": seconds,
+            "url": f"http://127.0.0.1:{port}", "model": model, "seconds": seconds, "answer": str(folder / f"{n}.json"),
             "samplers": list(range(n, samplers, PROCESSES)), "trainers": list(range(n, trainers, PROCESSES)),
         }  # fmt: skip
         command = [sys.executable, "-m", "bench.soak", "--work", json.dumps(job)]
-        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True))
+        processes.append((subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), Path(job["answer"])))
     return processes
 
 
-def collect(clients: list[subprocess.Popen[str]]) -> dict[str, Any]:
-    """The findings of all client processes together: lists joined, numbers added."""
+def collect(clients: list[ClientProcess]) -> dict[str, Any]:
+    """The answers of all client processes together: lists joined, numbers added."""
     total: dict[str, Any] = {}
-    for client in clients:
-        output, _ = client.communicate(timeout=300)
-        for key, value in json.loads(output.splitlines()[-1]).items():
-            total[key] = (
-                value if key not in total else {**total[key], **value} if isinstance(value, dict) else total[key] + value
-            )
+    for process, answer in clients:
+        process.wait(300)
+        for key, value in json.loads(answer.read_text()).items():
+            known = total.get(key, type(value)())
+            total[key] = {**known, **value} if isinstance(value, dict) else known + value
     return total
 
 

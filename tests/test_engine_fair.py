@@ -119,7 +119,7 @@ def test_who_was_away_has_saved_nothing_up(tmp_path: Path) -> None:
 
 
 def test_an_idle_adapter_leaves_the_device_and_comes_back_as_it_was(tmp_path: Path) -> None:
-    service = service_at(tmp_path, park_after=0.2)
+    service = service_at(tmp_path, park_after=0.5)
     alone, parked = (service.create_lora_training_client(str(tiny_model_dir("llama")), 4).result() for _ in range(2))
     for trainer in (alone, parked):
         trainer.forward_backward(data([20], seed=1), "cross_entropy").result(60)
@@ -128,9 +128,11 @@ def test_an_idle_adapter_leaves_the_device_and_comes_back_as_it_was(tmp_path: Pa
     snapshot = parked.save_weights_and_get_sampling_client().result(60)
     before = parked.adapter.exp_avg
     deadline = time.monotonic() + 30
+    alone.forward(data([5]), "cross_entropy").result(60)
     while not parked.adapter.parked:
-        alone.forward(data([5]), "cross_entropy").result(60)  # a busy server parks too
         assert time.monotonic() < deadline
+        time.sleep(0.05)
+        alone.forward(data([5]), "cross_entropy").result(60)  # a busy server parks too
     assert not alone.adapter.parked and parked.adapter.exp_avg is not before
     prompt = ModelInput.from_ints([5, 6, 7])
     assert snapshot.compute_logprobs(prompt).result(60)[1] is not None

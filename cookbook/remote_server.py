@@ -102,9 +102,8 @@ class Server:
         """An operation that was accepted and then failed there."""
         wrapped = re.fullmatch(r"Request failed: (.*) for self\.request_id=.*", error.message, re.DOTALL)
         said = " ".join((wrapped[1] if wrapped else error.message).split())
-        kind, _, rest = said.partition(": ")
-        if kind == "FloatingPointError":  # recipes say which rows it came from
-            return FloatingPointError(rest)
+        if "is not finite" in said:  # recipes say which rows it came from
+            return FloatingPointError(said.removeprefix("FloatingPointError: "))
         if error.category.value == "user":
             return Refused(f"{self.service} refuses this: {said}")
         return UsageError(f"{self.service} failed: {said}")

@@ -121,12 +121,12 @@ def test_who_was_away_has_saved_nothing_up(tmp_path: Path) -> None:
 def test_an_idle_adapter_leaves_the_device_and_comes_back_as_it_was(tmp_path: Path) -> None:
     service = service_at(tmp_path, park_after=0.5)
     alone, parked = (service.create_lora_training_client(str(tiny_model_dir("llama")), 4).result() for _ in range(2))
+    before = parked.adapter.exp_avg  # the buffer: another one holds the moments once they have moved
     for trainer in (alone, parked):
         trainer.forward_backward(data([20], seed=1), "cross_entropy").result(60)
         trainer.optim_step(AdamParams(1e-2)).result(60)
         trainer.forward_backward(data([30], seed=2), "cross_entropy").result(60)
     snapshot = parked.save_weights_and_get_sampling_client().result(60)
-    before = parked.adapter.exp_avg
     deadline = time.monotonic() + 30
     alone.forward(data([5]), "cross_entropy").result(60)
     while not parked.adapter.parked:

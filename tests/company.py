@@ -84,7 +84,7 @@ def company(directory: Path, models: Sequence[str] = (MODEL,), **limits: int) ->
         yield found
         losses = alice.stop()
     assert len(losses) > 1
-    # rounding depends on company (1e-6 of the first loss) and steps add it up; a step lost, doubled or spoilt shows in the third
+    # rounding depends on company (1e-6 of the first loss), steps add up; a step lost, doubled or spoilt shows in the third
     # digit. After some 200 steps the rows are known by heart, and the last digits decide when Adam overshoots.
     losses = losses[:100]
     assert losses == pytest.approx(losses_alone(len(losses), directory / "alone"), rel=1e-4, abs=1e-4 * losses[0])

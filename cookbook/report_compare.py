@@ -69,11 +69,16 @@ def _settings(named: dict[str, PastRun], colours: dict[str, int]) -> str:
         rows = {"recipe": list(recipes), **rows}
     if not rows:
         return "<p>None: they have the same settings.</p>"
-    heads = "".join(f'<th><i class="swatch {colour_class(colours[name])}"></i>{escape(name)}</th>' for name in named)
+    heads = [f'<i class="swatch {colour_class(colours[name])}"></i>{escape(name)}' for name in named]
+    keys = [f"<code>{escape(key)}</code>" for key in rows]
+    cells = [[f"<code>{escape(shown(value))}</code>" for value in values] for values in rows.values()]
+    if len(heads) > max(3, len(keys)):  # a sweep: a line for each run
+        heads, keys, cells, corner = keys, heads, [list(column) for column in zip(*cells, strict=True)], "run"
+    else:
+        corner = "key"
     lines = (
-        f"<tr><td><code>{escape(key)}</code></td>"
-        + "".join(f"<td><code>{escape(shown(value))}</code></td>" for value in values)
-        + "</tr>"
-        for key, values in rows.items()
+        f"<tr><td>{head}</td>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>"
+        for head, line in zip(keys, cells, strict=True)
     )
-    return f'<div class="scroll"><table class="settings"><tr><th>key</th>{heads}</tr>{"".join(lines)}</table></div>'
+    titles = "".join(f"<th>{head}</th>" for head in (corner, *heads))
+    return f'<div class="scroll"><table class="settings"><tr>{titles}</tr>{"".join(lines)}</table></div>'

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from cookbook import records
 from cookbook.charts import colour_class, figure, legend_of, line_chart, page
@@ -59,7 +60,7 @@ def summarise(directory: Path, values: list[tuple[Path, list[str]]], metric: str
         ] + [{"run": path.name, "varied": " ".join(words), "state": _lost(path)} for path, words in missing],
     }  # fmt: skip
     records.replace(directory / "sweep.json", json.dumps(records.strict(record), indent=1) + "\n")
-    records.replace(directory / "sweep.html", sweep_page(directory.name, name, jobs))
+    records.replace(directory / "sweep.html", sweep_page(directory.name, name, jobs, missing))
     _print(console, directory, name, jobs, missing)
     return jobs
 
@@ -108,26 +109,43 @@ def _lost(path: Path) -> str:
     return "failed" if out_of(path).exists() else "not begun"
 
 
-def sweep_page(title: str, metric: str | None, jobs: list[Ended]) -> str:
-    """A page that opens from disk: the table, and a chart for each metric that jobs share."""
-    names = [f"{job.run.directory.name.partition('_')[0]}: {job.varied}" for job in jobs]
+def sweep_page(title: str, metric: str | None, jobs: list[Ended], missing: list[tuple[Path, list[str]]]) -> str:
+    """A page that opens from disk: the table, whose jobs lead to their reports, and a chart for each metric that jobs share."""
+    names = [_name(job.run.directory, job.varied) for job in jobs]
     colours = {name: index for index, name in enumerate(names)}
     rows = {name: job.run.metrics() for name, job in zip(names, jobs, strict=True)}
     charts = []
     for key in _charted(rows, metric):
         series = {name: [(row.get("progress/step", 0.0), row[key]) for row in rows[name] if key in row] for name in names}
         charts.append(line_chart(series, key, legend=False, colours=colours))
-    cells = "".join(
-        f'<tr><td class="{colour_class(colours[name])}">{escape(name)}</td><td>{escape(job.state)}</td>'
-        f"<td>{'-' if job.value is None else figure(job.value)}</td><td>{job.steps}</td><td>{duration(job.seconds)}</td></tr>"
+    lines = [
+        _line(_linked(name, job.run.directory), colour_class(colours[name]), job.state,
+              "-" if job.value is None else figure(job.value), str(job.steps), duration(job.seconds))
         for name, job in zip(names, jobs, strict=True)
-    )
-    head = f"<tr><th>job</th><th>state</th><th>{escape(metric or 'value')}</th><th>steps</th><th>time</th></tr>"
+    ]  # fmt: skip
+    lines += [_line(escape(_name(path, " ".join(words))), "", _lost(path), "-", "0", "-") for path, words in missing]
+    numbers = "".join(f'<th class="num">{escape(title)}</th>' for title in (metric or "value", "steps", "time"))
     body = (
-        f"<h1>{escape(title)}</h1>\n<table>{head}{cells}</table>\n{legend_of(names, colours)}\n"
-        f'<div class="charts">{"".join(charts)}</div>'
+        f"<h1>{escape(title)}</h1>\n<table><tr><th>job</th><th>state</th>{numbers}</tr>{''.join(lines)}</table>\n"
+        f'{legend_of(names, colours)}\n<div class="charts">{"".join(charts)}</div>'
     )
     return page(title, body)
+
+
+def _line(job: str, colour: str, state: str, *numbers: str) -> str:
+    cells = "".join(f'<td class="num">{number}</td>' for number in numbers)
+    return f'<tr><td class="{colour}">{job}</td><td>{state}</td>{cells}</tr>'
+
+
+def _name(path: Path, varied: str) -> str:
+    return f"{path.name.partition('_')[0]}: {varied}"
+
+
+def _linked(name: str, run: Path) -> str:
+    """A link to the run's own page, where it has one."""
+    if not (run / "report.html").is_file():
+        return escape(name)
+    return f'<a href="{quote(run.name)}/report.html">{escape(name)}</a>'
 
 
 def _charted(rows: dict[str, list[dict[str, float]]], metric: str | None) -> list[str]:

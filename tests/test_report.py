@@ -147,6 +147,17 @@ def test_several_runs_are_overlaid_and_their_settings_compared(here: Path, brows
     opened.close()
 
 
+def test_the_settings_of_a_sweep_are_a_line_for_each_run(here: Path, browser: Any) -> None:
+    for job in range(4):
+        rl_run(here / f"runs/grid/{job}_a-long-name-that-would-leave-no-room_learning_rate={job}e-4", 3, rate=job * 1e-4)
+    opened = Opened(browser, report(["grid"], here / "all.html"))
+    lines = [line.split("\t") for line in opened.text("table.settings").splitlines()]
+    assert lines[0] == ["run", "learning_rate"] and [line[1] for line in lines[1:]] == ["0", "0.0001", "0.0002", "0.0003"]
+    heights = opened.page.locator("table.settings tr").evaluate_all("rows => rows.map(row => row.clientHeight)")
+    assert max(heights) < 60  # no cell is squeezed to a column of letters
+    opened.close()
+
+
 def test_what_a_model_wrote_is_text_and_never_markup(here: Path, browser: Any) -> None:
     run = rl_run(here / "runs/a", 1)
     evil = "</script><script>document.title = 'owned'</script><img src=x onerror=alert(1)>"

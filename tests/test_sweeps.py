@@ -72,6 +72,8 @@ def test_the_summary_has_the_best_job_first(shared: Path, capsys: pytest.Capture
     assert {job["state"] for job in record["jobs"]} == {"completed"}
     page = (shared / "sweep.html").read_text()
     assert page.count("<svg") >= 3 and "lora.rank=2 learning_rate=0.003" in page and "src=" not in page
+    for job in record["jobs"]:
+        assert f'href="{job["run"].replace("=", "%3D")}/report.html"' in page and (shared / job["run"] / "report.html").exists()
     assert {read_run(job).config["log"]["group"] for job in runs_in(shared)} == {"shared"}
 
 

@@ -92,6 +92,7 @@ class Task:
     constant: list[str]
     directory: Path
     metric: str | None  # what jobs are compared by; None: the metric that rates a run's checkpoints
+    is_ours: bool = True  # the launcher: ours tells what its jobs do
     owner: int = field(default_factory=os.getpid)  # the process of the sweep; another launcher's jobs run in others
     values: list[tuple[Path, list[str]]] = field(default_factory=list)  # of the jobs begun, what they differ in
 
@@ -119,6 +120,10 @@ class Task:
         """Jobs that begin now, wherever they run."""
         if self.asks.exists():
             raise Stopped
+        if not self.is_ours:
+            from cookbook.sweep import short
+
+            print(f"{len(varied)} job{'s' * (len(varied) != 1)} in {short(self.directory)}", flush=True)
         self.values += [(self.directory / job_name(first + i, words), list(words)) for i, words in enumerate(varied)]
 
     def job(self, number: int, varied: list[str]) -> Any:
@@ -192,7 +197,7 @@ def multirun(compose: ComposeJob, words: Sequence[str], kind: str, metric: str |
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UsageError(f"{directory} is not empty: choose another name= or run_dir= for the sweep")
     check_words(compose, constant, parts.swept)
-    task = Task(compose, constant, directory, metric)
+    task = Task(compose, constant, directory, metric, parts.is_ours)
     status = 0
     try:
         with contextlib.nullcontext() if parts.is_ours else _stopped_by_file(task):

@@ -26,6 +26,7 @@ def serving(
 ) -> Iterator[tuple[str, Server]]:
     """Its URL and its state; it is shut down at the end as by SIGTERM."""
     server = Server(service_at(store), [*models], Store(store), Limits(**limits))  # type: ignore[arg-type]
+    server.open()
     listening = listen("127.0.0.1", port)
     config = uvicorn.Config(create_app(server), log_level="warning", timeout_graceful_shutdown=2)
     web = uvicorn.Server(config)

@@ -97,6 +97,7 @@ class Pair:
 def test_a_server_whose_engine_has_ended_is_not_healthy(tmp_path: Path) -> None:
     server = Server(service_at(tmp_path), [str(tiny_model_dir("qwen2"))], Store(tmp_path), Limits())
     keys.create(server.store, "alice")
+    server.open()
     with TestClient(create_app(server)) as web:
         asked = web.get("/healthz")
         assert (asked.status_code, asked.json()) == (200, {"status": "ok"})

@@ -61,7 +61,7 @@ def test_a_session_asked_for_twice_is_one(wire: Wire) -> None:
 
 
 def test_an_unknown_promise_is_lost_not_waited_for(wire: Wire) -> None:
-    assert "not known" in wire.result({"request_id": "nothing"}, 410)["detail"]
+    assert "nothing is gone: the server was restarted" in wire.result({"request_id": "nothing"}, 410)["detail"]
 
 
 def test_bodies_have_a_cap_packed_and_unpacked(wire: Wire) -> None:
@@ -180,6 +180,15 @@ def test_open_to_others_only_with_keys(tmp_path: Path, capsys: pytest.CaptureFix
 def test_settings_that_are_wrong_are_named(words: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         parse(words)
+
+
+@pytest.mark.parametrize("model", ["nope", f"{MODEL},nope"])
+def test_a_model_that_is_not_there_ends_in_one_line(tmp_path: Path, model: str) -> None:
+    from rich.console import Console
+
+    with pytest.raises(UsageError, match="unknown model 'nope': give a hub id") as refused:
+        main([f"model={model}", f"store={tmp_path}", "port=0", "engine.device=cpu"], Console())
+    assert "\n" not in str(refused.value) and str(refused.value).startswith(f"model={model}: ")
 
 
 def test_models_go_by_their_names() -> None:

@@ -1,4 +1,4 @@
-"""The FastAPI application: routers, errors, limits; and its life from loading the models to the last checkpoint."""
+"""The FastAPI application: routers, errors, limits; and its life from the first request to the last checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from cookbook.serving import looking, openai_api, tinker_api, tinker_rest, tinker_sampling
+from cookbook.serving import looking, openai_api, tinker_api, tinker_rest, tinker_sampling, tinker_sessions
 from cookbook.serving.door import BodyLimit
 from cookbook.serving.meter import RequestTimes
 from cookbook.serving.openai_generate import CLIENT_LEFT
@@ -23,11 +23,10 @@ from cookbook.serving.server import Server
 
 
 def create_app(server: Server, tell_ready: Callable[[], None] = lambda: None) -> FastAPI:
-    """The application around an unopened Server; its models load when it starts, then `tell_ready` is called."""
+    """The application around an open Server, which it closes at its end; `tell_ready` is called when it starts."""
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        await server.open()
         tell_ready()
         chores = asyncio.create_task(server.housekeeping())
         try:
@@ -39,8 +38,8 @@ def create_app(server: Server, tell_ready: Callable[[], None] = lambda: None) ->
 
     app = FastAPI(title="cook serve", lifespan=life, docs_url=None, redoc_url=None)
     app.state.server, app.state.openai = server, Models(server)
-    for router in (tinker_api.router, tinker_sampling.router, tinker_rest.router, openai_api.router, looking.router):
-        app.include_router(router)
+    for module in (tinker_api, tinker_sampling, tinker_rest, tinker_sessions, openai_api, looking):
+        app.include_router(module.router)
     app.add_middleware(BodyLimit, limit=server.limits.body_mb << 20)
     app.add_middleware(RequestTimes, meter=server.meter)
     app.add_exception_handler(Refusal, _refused)

@@ -33,6 +33,19 @@ class RetrieveFuture(Body):
     request_id: str
 
 
+class SamplesOf(Body):
+    type: Literal["sampling_session"] = "sampling_session"
+    sampling_session_id: str
+    cloned_sampler_id: int = Field(default=0, ge=0, lt=2**63)
+
+
+class RetrieveFutures(Body):
+    target: SamplesOf
+    prev_cursor: int = Field(default=0, ge=0)
+    timeout: float | None = Field(default=None, ge=0)
+    retrieved_request_ids: list[str] = []
+
+
 class LoraSpec(Body):
     rank: int = Field(default=32, ge=1)
     seed: int | None = None

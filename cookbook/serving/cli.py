@@ -90,9 +90,15 @@ def _serve(config: ServeConfig, console: Console) -> None:
             f"host={config.host} is open to others and there is no key: make one with"
             f" `cook serve keys create NAME store={config.store}`, or leave host at 127.0.0.1"
         )
-    server = Server(connect("local", store.directory, config.engine), model_names(config.model), store, config.limits)
+    service = connect("local", store.directory, config.engine)
+    server = Server(service, model_names(config.model), store, config.limits, config.poll_together)
     listening = _listen(config.host, config.port)
     host, port = listening.getsockname()[:2]
+    try:
+        server.open()
+    except ValueError as error:  # unknown model, unsupported architecture
+        listening.close()
+        raise UsageError(f"model={config.model}: {' '.join(str(error).split())}") from error
 
     def tell_ready() -> None:
         print(f"serving {', '.join(server.models)} at http://{host}:{port}, store {config.store}", flush=True)

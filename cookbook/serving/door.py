@@ -22,7 +22,11 @@ def _server(request: Request) -> Server:
 
 def _owner(request: Request) -> str:
     """From X-API-Key (Tinker) or Authorization: Bearer (OpenAI). Without any keys in the store everybody is the same owner."""
-    return _known(request, request.headers.get("x-api-key") or _bearer(request))
+    return _known(request, given_key(request))
+
+
+def given_key(request: Request) -> str:
+    return request.headers.get("x-api-key") or _bearer(request)
 
 
 def _viewer(request: Request) -> str:

@@ -17,7 +17,9 @@ from dataclasses import dataclass, field
 from fastapi import Response
 from fastapi.responses import JSONResponse
 
+from cookbook.serving.completions import Completions
 from cookbook.serving.refusal import Refusal
+from cookbook.serving.results import Result, Results
 from cookbook.serving.store import Store, no_room
 
 log = logging.getLogger("cook.serve")
@@ -26,7 +28,7 @@ KEEP_READ_SECONDS, KEEP_UNREAD_SECONDS = 300.0, 3600.0  # of finished results
 
 DISK_FULL = "the disk of the server's store is full and nothing was saved: make room, or delete checkpoints, and save again"
 
-Result = bytes | dict  # protobuf or JSON
+Value = bytes | dict  # protobuf or JSON
 
 
 @dataclass(eq=False)
@@ -38,8 +40,11 @@ class Promise:
     key: str
     digest: str
     reply: dict  # what accepted it, and accepts a repetition
-    task: asyncio.Task[Result] = field(init=False)
-    finished: float | None = None
+    group: str | None  # that of one client's samples, which may be asked for together
+    task: asyncio.Task[Value] | None = None  # until it is over
+    result: Result = field(default_factory=Result)
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+    finished: float = 0.0
     read: float | None = None
 
 
@@ -50,13 +55,16 @@ def digest_of(body: bytes) -> str:
 class Promises:
     """All of them. Used from the event loop alone."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    def __init__(self, store: Store, results_bytes: int) -> None:
+        self.store, self.results, self.completions = store, Results(results_bytes), Completions()
         self._by_id: dict[str, Promise] = {}
         self._by_key: dict[str, Promise] = {}
         self._open: Counter[tuple[str, str]] = Counter()  # operations that are not over, by owner and by training run
 
-    def begin(self, owner: str, key: str, digest: str, work: Callable[[str], Awaitable[Result]], **reply: object) -> dict:
+    def begin(
+        self, owner: str, key: str, digest: str, work: Callable[[str], Awaitable[Value]],
+        group: str | None = None, **reply: object,
+    ) -> dict:  # fmt: skip
         """Start `work(request_id)` unless `key` is known; the reply that accepts it. Refusal 400 if the payload differs."""
         known = self._by_key.get(key)
         if known is not None:
@@ -67,16 +75,23 @@ class Promises:
             _same(saved["digest"], digest, key)
             return {"request_id": saved["request_id"], **reply}
         request_id = secrets.token_hex(16)
-        promise = Promise(request_id, owner, key, digest, {"request_id": request_id, **reply})
+        promise = Promise(request_id, owner, key, digest, {"request_id": request_id, **reply}, group)
         self._by_id[request_id] = self._by_key[key] = promise
-        promise.task = asyncio.create_task(self._settle(promise, work))
-        marks = (("owner", owner), ("run", key.rpartition(":")[0]))
-        self._open.update(marks)
-        promise.task.add_done_callback(lambda _: self._close(marks))
+        promise.task = asyncio.create_task(self._value(promise, work))
+        self._open.update(_marks(promise))
+        promise.task.add_done_callback(lambda task: self._settle(promise, task))
         return promise.reply
 
-    def _close(self, marks: tuple[tuple[str, str], ...]) -> None:
-        for mark in marks:
+    def _settle(self, promise: Promise, task: asyncio.Task[Value]) -> None:
+        """Its result goes where results are counted; the task, which would hold it too, goes."""
+        value = {"error": "cancelled", "category": "user"} if task.cancelled() else task.result()
+        promise.task, promise.finished = None, time.monotonic()
+        promise.result.settle(value)
+        self.results.add(promise.owner, promise.result)
+        promise.over.set()
+        if promise.group is not None:
+            self.completions.add(promise.group, promise.id, promise.result)
+        for mark in _marks(promise):
             self._open[mark] -= 1
             if not self._open[mark]:
                 del self._open[mark]
@@ -109,42 +124,60 @@ class Promises:
         promise = self._by_id.get(request_id)
         if promise is None or promise.owner != owner:
             return self._from_index(request_id, owner)
-        await asyncio.wait([promise.task], timeout=hold_seconds)
-        if not promise.task.done():
+        result = promise.result
+        result.waiting += 1  # while somebody waits for it, it is not let go
+        try:
+            await asyncio.wait_for(promise.over.wait(), hold_seconds)
+        except TimeoutError:
             return JSONResponse({"queue_state": "active"}, 408)
+        finally:
+            result.waiting -= 1
+        if result.body is None:
+            return self._from_index(request_id, owner)
         promise.read = time.monotonic()
-        if promise.task.cancelled():
-            return JSONResponse({"error": "cancelled", "category": "user"})
-        result = promise.task.result()
-        if isinstance(result, bytes):
-            return Response(result, media_type="application/x-protobuf")
-        return JSONResponse(result)
+        answer = Response(result.body, media_type=result.media_type)
+        self.results.note_read(owner, result)
+        return answer
+
+    def acknowledge(self, group: str, request_ids: list[str], owner: str) -> None:
+        """Results of `group` that arrived: they go. That they were asked for stays known, so that none is made twice."""
+        for request_id in request_ids:
+            promise = self._by_id.get(request_id)
+            if promise is not None and promise.owner == owner and promise.group == group and promise.over.is_set():
+                self.results.drop(owner, promise.result)
 
     def _from_index(self, request_id: str, owner: str) -> Response:
         row = self.store.row("SELECT result FROM saves WHERE request_id = ? AND owner = ?", request_id, owner)
         if row is not None:
             return JSONResponse(json.loads(row["result"]))
-        detail = f"request {request_id} is not known: the server was restarted, or its result was kept long enough"
+        detail = (
+            f"the result of request {request_id} is gone: the server was restarted, it was kept long enough, or others"
+            " needed the room (limits.results_mb)"
+        )
         return JSONResponse({"detail": detail}, 410)
 
     def cancel(self, request_id: str, owner: str) -> None:
         promise = self._by_id.get(request_id)
-        if promise is not None and promise.owner == owner:
+        if promise is not None and promise.owner == owner and promise.task is not None:
             promise.task.cancel()
 
-    def forget_old(self) -> None:
-        now = time.monotonic()
+    def forget_old(self, now: float) -> None:
+        """By time.monotonic()."""
         for promise in list(self._by_id.values()):
             read = promise.read is not None and now - promise.read > KEEP_READ_SECONDS
-            if promise.task.done() and (read or now - (promise.finished or now) > KEEP_UNREAD_SECONDS):
+            if promise.over.is_set() and (read or now - promise.finished > KEEP_UNREAD_SECONDS):
+                self.results.drop(promise.owner, promise.result)
                 del self._by_id[promise.id], self._by_key[promise.key]
+                if promise.group is not None:
+                    self.completions.forget(promise.group, promise.id)
 
     async def drop_all(self) -> None:
-        for promise in self._by_id.values():
-            promise.task.cancel()
-        await asyncio.gather(*(promise.task for promise in self._by_id.values()), return_exceptions=True)
+        tasks = [promise.task for promise in self._by_id.values() if promise.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _settle(self, promise: Promise, work: Callable[[str], Awaitable[Result]]) -> Result:
+    async def _value(self, promise: Promise, work: Callable[[str], Awaitable[Value]]) -> Value:
         """One operation that fails says so in its own result and disturbs no other."""
         try:
             return await work(promise.id)
@@ -158,8 +191,11 @@ class Promises:
                 return {"error": DISK_FULL, "category": "server"}
             log.exception("%s failed", promise.key)
             return {"error": f"{type(error).__name__}: {self.store.told(error)}", "category": "server"}
-        finally:
-            promise.finished = time.monotonic()
+
+
+def _marks(promise: Promise) -> tuple[tuple[str, str], ...]:
+    """What an operation that is not over counts for."""
+    return ("owner", promise.owner), ("run", promise.key.rpartition(":")[0])
 
 
 def _same(known: str, given: str, key: str) -> None:

@@ -42,10 +42,15 @@ def any_made(store: Store) -> bool:
 
 def owner_of(store: Store, key: str) -> str | None:
     """The owner of a valid key, compared in constant time."""
-    key_id = key.removeprefix(PREFIX).split("-", 1)[0]
+    key_id = id_of(key)
     row = store.row("SELECT owner, digest FROM keys WHERE id = ? AND revoked IS NULL", key_id)
     expected = row["digest"] if row else bytes(32)
     return row["owner"] if hmac.compare_digest(_digest(key), expected) and row else None
+
+
+def id_of(key: str) -> str:
+    """What `cook serve keys list` calls it by."""
+    return key.removeprefix(PREFIX).split("-", 1)[0]
 
 
 def _digest(key: str) -> bytes:

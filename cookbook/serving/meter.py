@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -24,6 +24,7 @@ class Operation:
 
     kind: str
     owner: str
+    of: str = ""  # the training run or sampling session, where there is one
     future: Future | None = None  # once it is in the engine's queue
     arrived: float = field(default_factory=time.monotonic)
 
@@ -39,7 +40,8 @@ class Operation:
 class Meter:
     """Used from the event loop alone. Every series has an owner, and there are as many as there are owners with keys."""
 
-    def __init__(self) -> None:
+    def __init__(self, note: Callable[[Operation], None] = lambda _: None) -> None:
+        self._note = note  # of an operation that the engine has ended
         self.registry = registry = CollectorRegistry()
         self._under_way: set[Operation] = set()
         self.requests = Histogram(
@@ -60,9 +62,9 @@ class Meter:
         self.prompts = Counter("cook_prompt_tokens", "Tokens of prompts.", ["owner", "model"], registry=registry)
         self.sampled = Counter("cook_sampled_tokens", "Tokens sampled.", ["owner", "model"], registry=registry)
 
-    def begin(self, kind: str, owner: str, future: Future | None = None) -> Operation:
+    def begin(self, kind: str, owner: str, future: Future | None = None, of: str = "") -> Operation:
         assert kind in KINDS
-        operation = Operation(kind, owner, future)
+        operation = Operation(kind, owner, of, future)
         self._under_way.add(operation)
         return operation
 
@@ -73,11 +75,12 @@ class Meter:
         if future is not None and future.begun is not None and future.ended is not None:
             self.queue.labels(operation.kind, operation.owner).observe(future.begun - operation.arrived)
             self.whole.labels(operation.kind, operation.owner).observe(future.ended - operation.arrived)
+            self._note(operation)
 
     @contextlib.contextmanager
-    def operation(self, kind: str, owner: str) -> Iterator[Operation]:
+    def operation(self, kind: str, owner: str, of: str) -> Iterator[Operation]:
         """To be given its future inside."""
-        operation = self.begin(kind, owner)
+        operation = self.begin(kind, owner, of=of)
         try:
             yield operation
         finally:

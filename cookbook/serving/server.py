@@ -18,6 +18,7 @@ from cookbook.serving.meter import Meter
 from cookbook.serving.refusal import Refusal
 from cookbook.serving.settings import Limits
 from cookbook.serving.store import Checkpoint, Store
+from cookbook.serving.traces import Traces
 from core import Future, SamplingClient, ServiceClient, TrainingClient
 from core.checkpoints import read_base_model, read_lora_config
 
@@ -42,7 +43,7 @@ class Run:
 
     async def submit(self, kind: str, verb: Callable[[TrainingClient], Future[T]]) -> T:
         """Queue a verb (of one of meter.KINDS) behind those that arrived before, then wait for its result."""
-        with self.meter.operation(kind, self.owner) as operation:
+        with self.meter.operation(kind, self.owner, self.id) as operation:
             async with self.order:
                 trainer = await self.opened()
                 operation.future = future = await asyncio.to_thread(verb, trainer)
@@ -78,10 +79,14 @@ class Sampler:
 class Server:
     """The state behind the endpoints. Its methods run on the event loop."""
 
-    def __init__(self, service: ServiceClient, models: list[str], store: Store, limits: Limits) -> None:
+    def __init__(
+        self, service: ServiceClient, models: list[str], store: Store, limits: Limits, poll_together: bool = False
+    ) -> None:
         self.service, self.models, self.store, self.limits = service, models, store, limits
-        self.promises = Promises(store)
-        self.meter = Meter()
+        self.poll_together = poll_together
+        self.promises = Promises(store, limits.results_mb << 20)
+        self.traces = Traces(store.directory / "traces")
+        self.meter = Meter(self.traces.note)
         self.runs: dict[str, Run] = {}
         self.samplers: dict[str, tuple[str, Sampler]] = {}  # sampling session -> owner, sampler
         self.base: dict[str, SamplingClient] = {}
@@ -91,17 +96,18 @@ class Server:
         self.started = time.time()
         self._by_path: weakref.WeakValueDictionary[tuple[str, float], SamplingClient] = weakref.WeakValueDictionary()
 
-    async def open(self) -> None:
-        """Load the base models, which stay; tidy up what a crash left."""
+    def open(self) -> None:
+        """Load the base models, which stay; tidy up what a crash left. ValueError for a model that cannot be loaded."""
         self.store.recover()
         for name in self.models:
-            self.base[name] = await self.service.create_sampling_client(base_model=name)
+            self.base[name] = self.service.create_sampling_client(base_model=name).result()
 
     async def close(self) -> None:
         await self.promises.drop_all()
         for session in {run.session for run in self.runs.values()}:
             self.release(session)
         self.samplers.clear()
+        self.traces.write()
         for client in self.base.values():
             client.close()
 
@@ -115,7 +121,9 @@ class Server:
 
     def tidy_up(self) -> None:
         """Old results, checkpoints past their time and silent sessions go."""
-        self.promises.forget_old()
+        self.promises.forget_old(time.monotonic())
+        self.traces.write()
+        self.traces.remove_old()
         self.store.remove_expired()
         silent = time.time() - self.limits.session_hours * 3600
         for row in self.store.rows("SELECT id FROM sessions WHERE finished IS NULL AND seen < ?", silent):

@@ -16,6 +16,7 @@ class Limits:
     samples: int = 4096  # sampling requests of one owner in flight
     num_samples: int = 1024  # of one sampling request
     rank: int = 512
+    results_mb: int = 512  # of finished operations, kept for those who have not read them, or may ask again
     session_hours: float = 24.0  # without a sign of life, then its clients leave the engine
 
 
@@ -25,5 +26,6 @@ class ServeConfig:
     host: str = "127.0.0.1"  # any other refuses to start without keys
     port: int = 8000  # 0: any free one
     store: str = "serve"  # directory of the index and the weights
+    poll_together: bool = False  # the SDK asks once for all samples of a client (retrieve_futures), not once for each
     engine: EngineConfig = field(default_factory=EngineConfig)
     limits: Limits = field(default_factory=Limits)

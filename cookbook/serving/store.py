@@ -32,6 +32,7 @@ CREATE TABLE IF NOT EXISTS checkpoints(run TEXT NOT NULL, kind TEXT NOT NULL, na
     PRIMARY KEY(run, kind, name));
 CREATE TABLE IF NOT EXISTS saves(request_id TEXT PRIMARY KEY, owner TEXT NOT NULL, key TEXT UNIQUE NOT NULL,
     digest TEXT NOT NULL, result TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS copies(run TEXT PRIMARY KEY, project TEXT NOT NULL);
 CREATE INDEX IF NOT EXISTS checkpoints_by_owner ON checkpoints(owner, created);
 CREATE INDEX IF NOT EXISTS runs_by_owner ON runs(owner, seen);
 """

@@ -9,7 +9,9 @@ import time
 from fastapi import APIRouter, Request, Response
 
 from cookbook.serving import bodies, proto, wire_convert
+from cookbook.serving.completions import group_of
 from cookbook.serving.door import Owner, Serving, body_digest, raw_body
+from cookbook.serving.futures import HOLD_SECONDS
 from cookbook.serving.refusal import Refusal
 from cookbook.serving.server import Run, Sampler, Server
 from cookbook.serving.store import checked_name
@@ -24,9 +26,12 @@ TTL_SECONDS = (3600, 10 * 366 * 86400)
 
 
 @router.post("/client/config")
-async def client_config(owner: Owner) -> dict:
+async def client_config(server: Serving, owner: Owner) -> dict:
     """Chunks come in order; compressed, since the body's size is what is limited."""
-    return {"parallel_fwdbwd_chunks": False, "proto_compress_fwdbwd": False}
+    return {
+        "parallel_fwdbwd_chunks": False, "proto_compress_fwdbwd": False,
+        "sample_use_retrieve_futures": server.poll_together,
+    }  # fmt: skip
 
 
 @router.post("/client/dynamic_config")
@@ -83,6 +88,17 @@ async def telemetry(owner: Owner) -> dict:
 @router.post("/retrieve_future")
 async def retrieve_future(body: bodies.RetrieveFuture, server: Serving, owner: Owner) -> Response:
     return await server.promises.retrieve(body.request_id, owner)
+
+
+@router.post("/retrieve_futures")
+async def retrieve_futures(body: bodies.RetrieveFutures, server: Serving, owner: Owner) -> dict:
+    """What has finished of all samples of one client; each is then fetched by retrieve_future."""
+    target, promises = body.target, server.promises
+    server.sampler(target.sampling_session_id, owner)
+    group = group_of(target.sampling_session_id, target.cloned_sampler_id)
+    promises.acknowledge(group, body.retrieved_request_ids, owner)
+    hold = HOLD_SECONDS if body.timeout is None else min(body.timeout, HOLD_SECONDS)
+    return await promises.completions.after(group, body.prev_cursor, hold)
 
 
 @router.post("/cancel_future")

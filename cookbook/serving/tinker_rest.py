@@ -1,4 +1,4 @@
-"""Tinker's REST calls: what runs, checkpoints and sessions there are; publish, expire, delete, copy and download them."""
+"""Tinker's REST calls: what runs and checkpoints there are; publish, expire, delete, copy and download them."""
 
 from __future__ import annotations
 
@@ -64,9 +64,18 @@ async def healthz() -> dict:
 
 
 @router.get("/training_runs")
-async def training_runs(server: Serving, owner: Owner, limit: Limit = 20, offset: Offset = 0) -> dict:
-    rows = server.store.rows("SELECT * FROM runs WHERE owner = ? ORDER BY seen DESC LIMIT ? OFFSET ?", owner, limit, offset)
-    total = server.store.rows("SELECT count(*) AS n FROM runs WHERE owner = ?", owner)[0]["n"]
+async def training_runs(
+    server: Serving, owner: Owner, limit: Limit = 20, offset: Offset = 0, project_id: str | None = None
+) -> dict:
+    where, values = "owner = ?", [owner]
+    if project_id is not None:  # that of their session, or the one into which they were copied
+        where += (
+            " AND (session IN (SELECT id FROM sessions WHERE json_extract(metadata, '$.project_id') = ?)"
+            " OR id IN (SELECT run FROM copies WHERE project = ?))"
+        )
+        values += [project_id, project_id]
+    rows = server.store.rows(f"SELECT * FROM runs WHERE {where} ORDER BY seen DESC LIMIT ? OFFSET ?", *values, limit, offset)
+    total = server.store.rows(f"SELECT count(*) AS n FROM runs WHERE {where}", *values)[0]["n"]
     runs = [_run(server, row) for row in rows]
     return {"training_runs": runs, "cursor": {"offset": offset, "limit": limit, "total_count": total}}
 
@@ -95,7 +104,7 @@ def _run(server: Server, row: sqlite3.Row) -> dict:
     state, sampler = newest["weights"], newest["sampler_weights"]
     return {
         "training_run_id": row["id"], "base_model": row["base_model"], "model_owner": row["owner"], "is_lora": True,
-        "lora_rank": json.loads(row["lora"])["rank"], "last_request_time": _time(row["seen"]), "corrupted": False,
+        "lora_rank": json.loads(row["lora"])["rank"], "last_request_time": time_text(row["seen"]), "corrupted": False,
         "last_checkpoint": _checkpoint(state) if state else None,
         "last_sampler_checkpoint": _checkpoint(sampler) if sampler else None,
         "user_metadata": json.loads(row["metadata"]) if row["metadata"] else None,
@@ -114,9 +123,9 @@ async def checkpoints(server: Serving, owner: Owner, limit: Limit = 100, offset:
 
 def _checkpoint(one: Checkpoint) -> dict:
     return {
-        "checkpoint_id": f"{one.kind}/{one.name}", "checkpoint_type": _TYPES[one.kind], "time": _time(one.created),
+        "checkpoint_id": f"{one.kind}/{one.name}", "checkpoint_type": _TYPES[one.kind], "time": time_text(one.created),
         "tinker_path": one.uri, "size_bytes": one.size, "public": one.public, "user_metadata": one.metadata,
-        "expires_at": _time(one.expires) if one.expires is not None else None,
+        "expires_at": time_text(one.expires) if one.expires is not None else None,
     }  # fmt: skip
 
 
@@ -182,6 +191,7 @@ async def copy_weights(body: Copy, request: Request, server: Serving, owner: Own
             "INSERT OR IGNORE INTO runs VALUES (?, ?, ?, ?, ?, NULL, ?, ?)",
             run, "", owner, base_model, json.dumps(server.lora_of(source)), now, now,
         )  # fmt: skip
+        server.store.run_sql("INSERT OR IGNORE INTO copies VALUES (?, ?)", run, body.destination_project_id or "")
         server.store.add_checkpoint(run, source.kind, source.name, owner, ttl, source.metadata)
     return {"tinker_path": f"tinker://{run}/{source.kind}/{source.name}"}
 
@@ -200,52 +210,32 @@ async def download_urls(run: str, name: str, request: Request, server: Serving, 
     expires = int(time.time() + LINK_SECONDS)
     urls = {}
     for file in EXPORTED:
-        signature = _signature(server, found.run, found.name, file, expires)
+        signature = signature_of(server, found.run, found.name, file, expires)
         base = str(request.base_url).rstrip("/")
         place = "/".join(quote(part, safe="") for part in (found.run, found.name, file))
         urls[file] = f"{base}/api/v1/download/{place}?expires={expires}&signature={signature}"
-    return {"urls": urls, "expires": _time(expires)}
+    return {"urls": urls, "expires": time_text(expires)}
 
 
 @router.get("/download/{run}/{name}/{file}")
 async def download(run: str, name: str, file: str, expires: int, signature: str, server: Serving) -> FileResponse:
-    expected = _signature(server, run, name, file, expires)
-    if not hmac.compare_digest(expected, signature.encode("ascii", "replace").decode()) or expires < time.time():
-        raise Refusal(403, "this link is not valid, or not any more: ask for a new one")
+    check_link(signature_of(server, run, name, file, expires), signature, expires)
     path = server.store.directory_of(checked_name(run), "external_weights", checked_name(name)) / checked_name(file)
     if file not in EXPORTED or not path.is_file():
         raise Refusal(404, f"no file {file} of that export")
     return FileResponse(path)
 
 
-def _signature(server: Server, run: str, name: str, file: str, expires: int) -> str:
-    text = "\n".join((run, name, file, str(expires)))
+def check_link(expected: str, given: str, expires: int) -> None:
+    if not hmac.compare_digest(expected, given.encode("ascii", "replace").decode()) or expires < time.time():
+        raise Refusal(403, "this link is not valid, or not any more: ask for a new one")
+
+
+def signature_of(server: Server, *parts: str | int) -> str:
+    """Of a link: whoever has it needs no key."""
+    text = "\n".join(map(str, parts))
     return hmac.new(server.store.secret(), text.encode(), hashlib.sha256).hexdigest()
 
 
-# ---- sessions
-
-
-@router.get("/sessions")
-async def sessions(server: Serving, owner: Owner, limit: Limit = 20, offset: Offset = 0) -> dict:
-    rows = server.store.rows(
-        "SELECT id FROM sessions WHERE owner = ? ORDER BY created DESC LIMIT ? OFFSET ?", owner, limit, offset
-    )
-    return {"sessions": [row["id"] for row in rows]}
-
-
-@router.get("/sessions/{session_id}")
-async def session(session_id: str, server: Serving, owner: Owner) -> dict:
-    row = server.store.row("SELECT * FROM sessions WHERE id = ? AND owner = ?", session_id, owner)
-    if row is None:
-        raise Refusal(404, f"no session {session_id}")
-    runs = server.store.rows("SELECT id FROM runs WHERE session = ? ORDER BY created", session_id)
-    samplers = server.store.rows("SELECT id FROM samplers WHERE session = ? ORDER BY created", session_id)
-    return {
-        "training_run_ids": [one["id"] for one in runs], "sampler_ids": [one["id"] for one in samplers],
-        "user_metadata": json.loads(row["metadata"])["user_metadata"], "display_name": row["display_name"],
-    }  # fmt: skip
-
-
-def _time(seconds: float) -> str:
+def time_text(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat()

@@ -7,6 +7,7 @@ import asyncio
 from fastapi import APIRouter, Request
 
 from cookbook.serving import bodies, wire_convert
+from cookbook.serving.completions import CLONES, group_of
 from cookbook.serving.door import Owner, Serving, body_digest
 from cookbook.serving.refusal import Refusal
 from cookbook.serving.server import Server
@@ -75,21 +76,22 @@ async def asample(body: bodies.Sample, request: Request, server: Serving, owner:
             server.sampling[owner] -= 1
 
     ids = [f"{key}:{i}" for i in range(body.num_samples)]
-    return server.promises.begin(owner, key, await body_digest(request), work, sample_sequence_ids=ids)
+    group = group_of(body.sampling_session_id, body.seq_id // CLONES)
+    return server.promises.begin(owner, key, await body_digest(request), work, group, sample_sequence_ids=ids)
 
 
 async def _sample(server: Server, owner: str, client: SamplingClient, body: bodies.Sample) -> bytes:
     prompt = wire_convert.prompt(body.prompt)
     wants = body.prompt_logprobs or body.prompt_logprobs_last_n is not None
     params = sampling_params(client, body.sampling_params)
-    targets = None
+    targets, of = None, body.sampling_session_id
     if body.target_prompt_logprobs is not None:
         given = wire_convert.json_tensor(body.target_prompt_logprobs, "target_prompt_logprobs")
-        with server.meter.operation("logprobs", owner) as operation:
+        with server.meter.operation("logprobs", owner, of) as operation:
             operation.future = asked = client.target_logprobs(prompt, given)
             targets = (await asked, body.target_prompt_logprobs)
     wire_convert.check_cells("topk_prompt_logprobs", body.topk_prompt_logprobs * prompt.length)
-    with server.meter.operation("sample", owner) as operation:
+    with server.meter.operation("sample", owner, of) as operation:
         operation.future = sampling = client.sample(prompt, body.num_samples, params, wants, body.topk_prompt_logprobs)
         response = await sampling
     num_sampled = sum(len(sequence.tokens) for sequence in response.sequences)

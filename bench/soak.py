@@ -6,7 +6,8 @@
 The server is `cook serve` in a process of its own over a tiny random model in fp32; every client is a ServiceClient of the
 `tinker` SDK with a session of its own, several to a process. Each training client takes the same steps as a client of its
 seed that trains alone, in this process, afterwards: a lost or doubled step, or another tenant's gradient, would show in the
-losses. After `kill -9` each training client goes on from its last save, and every save that was acknowledged must load.
+losses. After `kill -9` each training client goes on from its last acknowledged save, or starts anew without one, and tries
+that again until the server is back; in the end every save that was acknowledged must load.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from bench.shapes import random_model
 
 PROCESSES = 4
 ROWS, ROW_TOKENS, RANK, SAVE_EVERY = 2, 48, 8, 5
+AWAY_SECONDS = 120  # how long a training client tries to go on
 RATE = 1e-3
 CHECKPOINT = re.compile(r"tinker://\S+/weights/step-(\d+)")
 
@@ -117,7 +119,8 @@ def restarts(model: str, times: int, trainers: int) -> dict[str, Any]:
         server.wait()
     return {
         "times": times, "training_clients": trainers, "start_seconds": round(statistics.median(down), 1) if down else None,
-        "continued": found["continued"], "from_scratch": found["from_scratch"], "errors": found["errors"][:5],
+        "continued": found["continued"], "from_scratch": found["from_scratch"], "tried_again": found["tried_again"],
+        "errors": found["errors"][:5],
         "num_errors": len(found["errors"]), "acknowledged_saves": len(found["saved"]), "lost_saves": len(lost),
         "steps": sum(len(losses) for losses in found["losses"].values()),
         "largest_loss_difference": difference(model, found["losses"]),
@@ -171,12 +174,12 @@ def difference(model: str, losses: dict[str, list[float]]) -> float:
 def loads(port: int, uri: str) -> bool:
     import tinker
 
-    try:
-        service = tinker.ServiceClient(base_url=f"http://127.0.0.1:{port}", api_key="tml-bench")
-        service.create_training_client_from_state_with_optimizer(uri).result()
-        return True
-    except tinker.TinkerError:
-        return False
+    with tinker.ServiceClient(base_url=f"http://127.0.0.1:{port}", api_key="tml-bench") as service:
+        try:
+            service.create_training_client_from_state_with_optimizer(uri).result()
+            return True
+        except tinker.TinkerError:
+            return False
 
 
 def resident_mb(pid: int) -> float:
@@ -215,7 +218,7 @@ def client_process(job: dict[str, Any]) -> dict[str, Any]:
         "losses": {str(t.number): [t.losses[step] for step in sorted(t.losses)] for t in trainers},
         "samples": sum(s.count for s in samplers),
         "saved": [uri for t in trainers for uri in t.saved],
-        "continued": sum(t.continued for t in trainers), "from_scratch": sum(t.from_scratch for t in trainers),
+        **{name: sum(getattr(t, name) for t in trainers) for name in ("continued", "from_scratch", "tried_again")},
         "step_seconds": [s for t in trainers for s in t.seconds], "sample_seconds": [s for c in samplers for s in c.seconds],
         "errors": [error for client in clients for error in client.errors]
         + [f"client {n} hangs" for n, thread in enumerate(threads) if thread.is_alive()],
@@ -224,16 +227,20 @@ def client_process(job: dict[str, Any]) -> dict[str, Any]:
 
 class Client:
     def __init__(self, job: dict[str, Any], number: int, stop: threading.Event) -> None:
-        import tinker
-
         self.job, self.number, self.stop = job, number, stop
         self.errors: list[str] = []
         self.seconds: list[float] = []
-        self.service = tinker.ServiceClient(base_url=job["url"], api_key="tml-bench")
+        self.service = self.connect()
+
+    def connect(self) -> Any:
+        import tinker
+
+        return tinker.ServiceClient(base_url=self.job["url"], api_key="tml-bench")
 
     def work(self) -> None:
         try:
             self.run()
+            self.service.close("success").result()
         except Exception as error:
             self.errors.append(f"{type(self).__name__} {self.number}: {type(error).__name__}: {error}"[:300])
 
@@ -260,16 +267,16 @@ class Sampler(Client):
 
 
 class Trainer(Client):
-    """Steps of one adapter, saved now and then; after a restart it goes on from what the refusal names."""
+    """Steps of one adapter, saved now and then; after a restart it goes on from its last acknowledged save."""
 
     def __init__(self, job: dict[str, Any], number: int, stop: threading.Event) -> None:
         super().__init__(job, number, stop)
         self.losses: dict[int, float] = {}
         self.saved: list[str] = []
-        self.continued = self.from_scratch = 0
+        self.continued = self.from_scratch = self.tried_again = 0
 
     def run(self) -> None:
-        client, step = self.new(), 0
+        client, step = self.opened()
         while not self.stop.is_set():
             try:
                 start = time.monotonic()
@@ -279,10 +286,35 @@ class Trainer(Client):
                 if step % SAVE_EVERY == 0:
                     self.saved.append(client.save_state(f"step-{step}").result().path)
             except Exception as error:  # the SDK's own classes differ from call to call
-                client, step = self.after(error)
+                if not lost(error):
+                    raise
+                self.continued, self.from_scratch = self.continued + bool(self.saved), self.from_scratch + (not self.saved)
+                client, step = self.opened()
 
-    def new(self) -> Any:
-        return self.service.create_lora_training_client(self.job["model"], rank=RANK, seed=self.number).result()
+    def start(self) -> tuple[Any, int]:
+        """A training client and the number of its next step: after the last acknowledged save, else from the beginning.
+
+        In a session of its own; the one before is ended.
+        """
+        self.service.close("success").result()
+        self.service = self.connect()
+        if not self.saved:
+            return self.service.create_lora_training_client(self.job["model"], rank=RANK, seed=self.number).result(), 0
+        uri = self.saved[-1]
+        client = self.service.create_training_client_from_state_with_optimizer(uri).result()
+        return client, int(CHECKPOINT.match(uri)[1])  # type: ignore[index]
+
+    def opened(self) -> tuple[Any, int]:
+        """`start`, once more where the server goes away in the middle of it."""
+        deadline = time.monotonic() + AWAY_SECONDS
+        while True:
+            try:
+                return self.start()
+            except Exception as error:
+                if not lost(error) or time.monotonic() > deadline:
+                    raise
+                self.tried_again += 1
+                time.sleep(1)
 
     def step(self, client: Any, step: int) -> None:
         from tinker import types
@@ -302,16 +334,13 @@ class Trainer(Client):
             raise AssertionError(f"step {step} once more: {loss} after {self.losses[step]}")
         self.losses[step] = loss
 
-    def after(self, error: Exception) -> tuple[Any, int]:
-        """The documented refusals: a promise of before the restart (410), and a training run that is not loaded (404)."""
-        if not any(words in str(error) for words in ("the server was restarted", "Promise expired/broken")):
-            raise error
-        if self.saved:
-            self.continued += 1
-            client = self.service.create_training_client_from_state_with_optimizer(self.saved[-1]).result()
-            return client, int(CHECKPOINT.match(self.saved[-1])[1])  # type: ignore[index]
-        self.from_scratch += 1
-        return self.new(), 0
+
+def lost(error: Exception) -> bool:
+    """What a server that goes away and comes back says: nothing, a promise of before (410), a training run not loaded (404)."""
+    import tinker
+
+    words = ("the server was restarted", "Promise expired/broken")
+    return isinstance(error, tinker.APIConnectionError) or any(one in str(error) for one in words)
 
 
 if __name__ == "__main__":

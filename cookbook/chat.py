@@ -12,7 +12,7 @@ from cookbook import event_loop
 from cookbook.env_drive import seats, settled
 from cookbook.environments import problem_stream
 from cookbook.errors import UsageError
-from cookbook.past_policy import PastPolicy, open_policy
+from cookbook.served_policy import Speaker, open_speaker
 from cookbook.tool_calls import Calls, answer, read_reply
 from cookbook.tool_prompt import told_of_tools
 from core import ModelInput, SamplingParams
@@ -29,7 +29,7 @@ HELP = "/reset forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C stops a 
 class Chat:
     """One conversation with one policy. `show` gets the pieces of text as they come."""
 
-    policy: PastPolicy
+    policy: Speaker
     params: SamplingParams  # max_tokens bounds each reply
     opening: list[Message] = field(default_factory=list)  # the system message, if any
     tools: Sequence[Callable[..., Any]] = ()
@@ -102,7 +102,7 @@ def chat(
     """Read messages from the terminal until its end."""
     if max_tokens < 1 or not 0 <= temperature < float("inf"):
         raise UsageError(f"--max-tokens {max_tokens}, --temperature {temperature:g}: expected at least 1 and at least 0")
-    policy = open_policy(target, checkpoint)
+    policy = open_speaker(target, checkpoint, console)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, stop=policy.renderer.stop)
     with opened_env(policy, console) as (env, first):
         opening: list[Message] = [{"role": "system", "content": system}] if system else first
@@ -169,7 +169,7 @@ def read_message(console: Console) -> str | None:
 
 
 @contextlib.contextmanager
-def opened_env(policy: PastPolicy, console: Console) -> Iterator[tuple[Env | None, list[Message]]]:
+def opened_env(policy: Speaker, console: Console) -> Iterator[tuple[Env | None, list[Message]]]:
     """An env of the run whose tools are used, and the system message that it begins with; (None, []) without tools."""
     section = policy.run.config.get("env") if policy.run else None
     if not isinstance(section, dict) or not section.get("name"):

@@ -117,10 +117,13 @@ def find_policy(target: str, checkpoint: str = "newest") -> Found:
 def _of_run(past: PastRun, asked: Which) -> Found:
     adapter = past.adapter(asked)
     row = next(row for row in past.checkpoints if past.directory_of(row) == adapter)
-    state = ", which is still going" if past.state == "running" else ""
-    said = f", {asked}" if isinstance(asked, str) else ""
-    name = f"{past.name}, step {row['step']} ({past.state}{said})" if not state else f"{past.name}, step {row['step']}{state}"
-    return Found(model_of(past), engine_of(past), adapter, past, row["step"], name)
+    return Found(model_of(past), engine_of(past), adapter, past, row["step"], name_of(past, row["step"], asked))
+
+
+def name_of(past: PastRun, step: int, asked: Which) -> str:
+    if past.state == "running":
+        return f"{past.name}, step {step}, which is still going"
+    return f"{past.name}, step {step} ({past.state}{f', {asked}' if isinstance(asked, str) else ''})"
 
 
 def model_of(past: PastRun) -> ModelConfig:

@@ -11,7 +11,8 @@ import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -42,6 +43,7 @@ from core import (
     SampleResponse,
     SamplingParams,
     SaveOutput,
+    StreamedToken,
 )
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ A = TypeVar("A")
 T = TypeVar("T")
 
 TOKEN_BUDGET = 32_768  # tokens that a recipe puts into one custom loss; the server cuts its own micro-batches
+FIRST_PART, MOST_PART = 8, 64  # tokens of a reply that is shown as it comes
 _parting: set[concurrent.futures.Future[None]] = set()
 
 
@@ -127,6 +130,12 @@ class RemoteService:
 
         opening.add_done_callback(lambda: future.resolve(work))
         return future
+
+    def create_sampling_client(self, path: str | None, base_model: str) -> Future[RemoteSampler]:
+        """Of a checkpoint on the server, or (None) of one of its models."""
+        self._check_model(base_model)
+        theirs = self._client.create_sampling_client(model_path=path, base_model=None if path else base_model)
+        return self.bridge(theirs, lambda client: RemoteSampler(self, client))
 
     def _opening(self, begin: Callable[[], Any]) -> Future[RemoteTrainer]:
         """In a thread of its own: the session is made on first use, which takes a few round trips."""
@@ -327,6 +336,16 @@ class RemoteSampler:
         theirs = self._client.sample(to_input(prompt), num_samples, params, include_prompt_logprobs, topk_prompt_logprobs)
         return self.service.bridge(theirs, from_samples, cancellable=True)
 
+    @contextlib.contextmanager
+    def stream(self, prompt: ModelInput, num_samples: int, params: SamplingParams) -> Iterator[Iterator[StreamedToken]]:
+        """The tokens of one continuation as they come: in parts, since the protocol has no streams."""
+        assert num_samples == 1
+        parts = _parts(self, prompt.to_ints(), params)
+        try:
+            yield parts
+        finally:
+            parts.close()
+
     def together(self) -> contextlib.AbstractContextManager[None]:
         """The server decides which requests it decodes together."""
         return contextlib.nullcontext()
@@ -334,3 +353,23 @@ class RemoteSampler:
     def compute_logprobs(self, prompt: ModelInput) -> Future[list[float | None]]:
         """The logprob (T = 1) of each prompt token given those before it; None for the first."""
         return self.service.bridge(self._client.compute_logprobs(to_input(prompt)), lambda logprobs: logprobs)
+
+
+def _parts(sampler: RemoteSampler, prompt: list[int], params: SamplingParams) -> Generator[StreamedToken]:
+    """Each part goes on from the tokens before it, twice as long as the one before."""
+    left, size, number = params.max_tokens, FIRST_PART, 0
+    while left is None or left > 0:
+        now = size if left is None else min(size, left)
+        seed = None if params.seed is None else params.seed + number
+        future = sampler.sample(ModelInput.from_ints(prompt), 1, replace(params, max_tokens=now, seed=seed))
+        try:
+            (sequence,) = future.result().sequences
+        except BaseException:  # Ctrl-C
+            future.cancel()
+            raise
+        for token, logprob in zip(sequence.tokens, sequence.logprobs, strict=True):
+            yield StreamedToken(0, token, logprob)
+        if sequence.stop_reason == "stop":
+            return
+        prompt = [*prompt, *sequence.tokens]
+        left, size, number = None if left is None else left - now, min(2 * size, MOST_PART), number + 1

@@ -107,8 +107,8 @@ class PastRun:
         path = row.get("path")
         return place_of(self.directory, row["uri"]) if path is None else self.directory / str(path)
 
-    def adapter(self, which: Literal["newest", "best"] | int = "newest") -> Path:
-        """The directory of a checkpoint, by step or as named; one on a server is fetched. UsageError if it cannot be had."""
+    def checkpoint(self, which: Literal["newest", "best"] | int = "newest") -> CheckpointRow:
+        """By step or as named. UsageError if there is none."""
         rows = self.checkpoints
         if not rows:
             what = "wait for its first" if self.state == "running" else f"cook resume {self.name}"
@@ -120,6 +120,11 @@ class PastRun:
         if row is None:
             lacks = "evaluated checkpoint" if which == "best" else f"checkpoint of step {which}"
             raise UsageError(f"{self.name} has no {lacks}; there are those of steps {steps}")
+        return row
+
+    def adapter(self, which: Literal["newest", "best"] | int = "newest") -> Path:
+        """The directory of such a checkpoint; one on a server is fetched. UsageError if it cannot be had."""
+        row = self.checkpoint(which)
         if row.get("path") is None:
             return local_adapter(self.directory, self.config.get("service"), row["uri"])
         return self.directory_of(row)

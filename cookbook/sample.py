@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from cookbook.errors import UsageError
-from cookbook.past_policy import PastPolicy, open_policy
+from cookbook.served_policy import Speaker, open_speaker
 from core import ModelInput, SampledSequence, SamplingParams
 from envs.env import Message
 
@@ -25,7 +25,7 @@ def sample(
         raise UsageError("the prompt is empty: give a text, or - to read it from stdin")
     if raw and system is not None:
         raise UsageError("--raw takes the prompt as it is, without a template: leave --system out")
-    policy = open_policy(target, checkpoint)
+    policy = open_speaker(target, checkpoint, notes)
     notes.print(f"{policy.name}, {policy.model.name}", style="dim", markup=False, highlight=False, soft_wrap=True)
     tokens, stop = _prompt(policy, text, raw, system)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, stop=stop)
@@ -44,7 +44,7 @@ def sample(
         print(reply)
 
 
-def _prompt(policy: PastPolicy, text: str, raw: bool, system: str | None) -> tuple[ModelInput, list[int]]:
+def _prompt(policy: Speaker, text: str, raw: bool, system: str | None) -> tuple[ModelInput, list[int]]:
     renderer = policy.renderer
     if raw:
         return renderer.build_completion_prompt(text), [renderer.end_of_text]
@@ -55,7 +55,7 @@ def _prompt(policy: PastPolicy, text: str, raw: bool, system: str | None) -> tup
         raise UsageError(str(error)) from error
 
 
-def _text(policy: PastPolicy, sequence: SampledSequence, stop: list[int]) -> str:
+def _text(policy: Speaker, sequence: SampledSequence, stop: list[int]) -> str:
     ended = sequence.tokens[-1:] and sequence.tokens[-1] in stop
     return policy.renderer.decode(sequence.tokens[:-1] if ended else sequence.tokens)
 

@@ -61,8 +61,8 @@ class Completions:
             pass
         finally:
             known.polls -= 1
-            found = [(request_id, *rest) for request_id, rest in known.finished.items() if rest[0] > cursor]
             self._tidy_up(group)
+        found = [(request_id, *rest) for request_id, rest in known.finished.items() if rest[0] > cursor]
         return {
             "completions": [_completion(request_id, result) for request_id, _, result in found],
             "cursor": max((place for _, place, _ in found), default=max(cursor, self._start)),

@@ -71,6 +71,8 @@ class _Standing(Collector):
             (((name,), cache.max_tokens) for name, cache in caches.items()),
         )  # fmt: skip
         free = shutil.disk_usage(self.server.store.directory).free
+        kept = self.server.promises.results.size
+        yield _gauge("cook_result_bytes", "Results of all owners that are kept in memory.", [], [((), kept)])
         yield _gauge("cook_store_free_bytes", "Room on the disk of the store.", [], [((), free)])
 
     def _operations(self) -> Iterator[Metric]:

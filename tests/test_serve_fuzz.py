@@ -251,7 +251,10 @@ class Things:
         paths = [wire.result(save)["path"] for save in saves]
         body = {"session_id": session, "sampling_session_seq_id": 0, "base_model": MODEL}
         sampler = wire.post("/create_sampling_session", body)["sampling_session_id"]
+        sample = {"sampling_session_id": sampler, "seq_id": 0, "num_samples": 1, "sampling_params": {"max_tokens": 1}}
+        settled(wire, wire.post("/asample", {**sample, "prompt": {"chunks": [{"type": "encoded_text", "tokens": [1]}]}}))
         self.known: dict[str, list[Any]] = {
+            "target": [{"sampling_session_id": sampler}],  # of which something has finished: no poll is held
             "session_id": [session], "model_id": [run], "sampling_session_id": [sampler], "sampler_id": [sampler],
             "run": [run], "name": ["saved"], "base_model": [MODEL],
             "model": [MODEL, paths[1]], "request_id": [saves[0]["request_id"]], "path": [*paths, "saved", "other"],
@@ -307,7 +310,9 @@ def test_requests_after_the_schema_get_an_answer(live: Company, wire: Wire) -> N
     schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed (uv sync --group serving)")
     things, statuses = Things(wire), []
     for found in schemathesis.openapi.from_url(f"{live.url}/openapi.json").get_all_operations():
-        answered, promises = ask_by_chance(live, things, found.ok(), examples=20)
+        if (operation := found.ok()).path.endswith("/auth/apikey/me") and operation.method == "delete":
+            continue  # the key would be revoked, and all that follows refused
+        answered, promises = ask_by_chance(live, things, operation, examples=20)
         statuses += answered
         for promise in promises:
             settled(wire, promise)

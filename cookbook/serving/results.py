@@ -27,7 +27,7 @@ class Result:
         if isinstance(value, bytes):
             self.body, self.media_type = value, PROTOBUF
         else:
-            self.body, self.failed = json.dumps(value, ensure_ascii=False).encode(), "error" in value
+            self.body, self.failed = json.dumps(value).encode(), "error" in value
 
 
 @dataclass(eq=False)

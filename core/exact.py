@@ -69,7 +69,8 @@ class ExactAttention:
 
     parts: Sequence[tuple[Slot, int, int]]
 
-    def attend(self, layer: int, q: torch.Tensor, kv: torch.Tensor, scaling: float, heads: Heads, out: torch.Tensor) -> None:
+    def attend(self, layer: int, qkv: torch.Tensor, scaling: float, heads: Heads, out: torch.Tensor) -> None:
+        q, kv = qkv[:, : heads.q], qkv[:, heads.q :]
         out.zero_()  # rows that only fill up
         starts = accumulate((length for _, length, _ in self.parts), initial=0)
         for start, (slot, length, position) in zip(starts, self.parts, strict=False):

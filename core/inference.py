@@ -14,13 +14,34 @@ from typing import Protocol, cast
 import torch
 import torch.nn.functional as F
 
+from core import native
 from core.attention import BLOCK, Heads
 from core.decoder import Decoder
 from core.elementwise import normalise, rotate_heads, swiglu
 from core.fused import linear_product
 from core.kv_cache import Slabs, Slot
 
+SHORT = 256  # keys up to which a prompt's rows look at them one by one: products of so few take longer
 KEYS_TO = 32  # keys of a decode step are padded to multiples of this: few distinct shapes
+
+
+@dataclass
+class CachedRows:
+    """New rows of sequences of one pool, by core/native_sampling.c: one of each sequence, or all of a prompt's."""
+
+    pool: Slabs
+    rows: torch.Tensor  # [n] among the rows of the pass
+    slots: torch.Tensor  # [n]
+    all_positions: torch.Tensor  # of every row of the pass
+    positions: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # [n]
+
+    def ready(self, dtype: torch.dtype) -> None:
+        """Set positions to those of the new tokens."""
+        self.positions = self.all_positions.index_select(0, self.rows)
+
+    def attend(self, layer: int, qkv: torch.Tensor, scaling: float, heads: Heads, out: torch.Tensor) -> None:
+        k, v = self.pool.k[layer], self.pool.v[layer]
+        native.cached_attention(qkv, out, self.rows, self.slots, self.positions, k, v, scaling, heads)
 
 
 @dataclass
@@ -39,14 +60,17 @@ class Decode:
     mask: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [slots in range, 1, 1, keys]
 
     @classmethod
-    def of(cls, slots: Sequence[Slot], positions: torch.Tensor) -> list[Decode]:
+    def of(cls, slots: Sequence[Slot], positions: torch.Tensor) -> list[Decode | CachedRows]:
         """Of the slots of each pool, in row order."""
         rows_of: dict[Slabs, list[int]] = {}
         for row, slot in enumerate(slots):
             rows_of.setdefault(cast(Slabs, slot.pool), []).append(row)
-        found = []
+        found: list[Decode | CachedRows] = []
         for pool, rows in rows_of.items():
             taken = [slots[row].index for row in rows]
+            if _natively(pool):
+                found.append(CachedRows(pool, torch.tensor(rows), torch.tensor(taken), positions))
+                continue
             low, high = min(taken), max(taken) + 1
             dense = len(rows) == len(slots) and taken == list(range(low, high))
             of_rows, of_slots = (torch.tensor(numbers, device=positions.device) for numbers in (rows, taken))
@@ -63,8 +87,9 @@ class Decode:
         mask = torch.zeros(hidden.shape, dtype=dtype, device=last.device).masked_fill_(hidden, float("-inf"))
         self.mask = mask[:, None, None]
 
-    def attend(self, layer: int, q: torch.Tensor, kv: torch.Tensor, scaling: float, heads: Heads, out: torch.Tensor) -> None:
+    def attend(self, layer: int, qkv: torch.Tensor, scaling: float, heads: Heads, out: torch.Tensor) -> None:
         k, v = self.pool.k[layer], self.pool.v[layer]
+        q, kv = qkv[:, : heads.q], qkv[:, heads.q :]
         mine = kv if self.dense else kv.index_select(0, self.rows)
         k[self.slots, :, :, self.positions] = mine[:, : heads.kv]
         v[self.slots, :, self.positions] = mine[:, heads.kv :]
@@ -97,12 +122,31 @@ class Prefill:
     position: int
 
     @classmethod
-    def of(cls, parts: Sequence[tuple[Slot, int, int]]) -> list[Prefill]:
-        """Of (slot, number of new rows, position of the first), one after another."""
+    def of(cls, parts: Sequence[tuple[Slot, int, int]]) -> list[Attention]:
+        """Of (slot, number of new rows, position of the first), one after another. Short ones go together."""
         starts = accumulate((length for _, length, _ in parts), initial=0)
-        return [cls(slot, start, length, position) for start, (slot, length, position) in zip(starts, parts, strict=False)]
+        found: list[Attention] = []
+        short: dict[Slabs, list[Prefill]] = {}
+        for start, (slot, length, position) in zip(starts, parts, strict=False):
+            pool, part = cast(Slabs, slot.pool), cls(slot, start, length, position)
+            if position + length <= SHORT and _natively(pool):
+                short.setdefault(pool, []).append(part)
+            else:
+                found.append(part)
+        for pool, of_pool in short.items():
+            rows, slots, positions = (
+                torch.tensor([number for part in of_pool for number in numbers(part)])
+                for numbers in (
+                    lambda part: range(part.start, part.start + part.length),
+                    lambda part: [part.slot.index] * part.length,
+                    lambda part: range(part.position, part.position + part.length),
+                )
+            )
+            found.append(CachedRows(pool, rows, slots, positions, positions))
+        return found
 
-    def attend(self, layer: int, q: torch.Tensor, kv: torch.Tensor, scaling: float, heads: Heads, out: torch.Tensor) -> None:
+    def attend(self, layer: int, qkv: torch.Tensor, scaling: float, heads: Heads, out: torch.Tensor) -> None:
+        q, kv = qkv[:, : heads.q], qkv[:, heads.q :]
         rows, end = slice(self.start, self.start + self.length), self.position + self.length
         pool = cast(Slabs, self.slot.pool)
         k, v = pool.k[layer, self.slot.index], pool.v[layer, self.slot.index]
@@ -114,15 +158,24 @@ class Prefill:
             num_keys = self.position + stop
             block = grouped[:, start:stop].reshape(heads.kv, -1, heads.size)
             scores = torch.bmm(block, k[:, :, :num_keys])
-            mask = causal(stop - start, num_keys, heads.group, scores)
-            weights = torch.softmax(torch.add(mask, scores, alpha=scaling, out=scores), dim=-1)
+            weights = causal_softmax(scores, scaling, heads.group)
             attended = torch.bmm(weights, v[:, :num_keys]).view(heads.kv, stop - start, heads.group, heads.size)
             out[self.start + start : self.start + stop] = attended.transpose(0, 1).reshape(stop - start, heads.q, heads.size)
 
 
-def causal(num_queries: int, num_keys: int, group: int, like: torch.Tensor) -> torch.Tensor:
-    hidden = torch.ones(num_queries, num_keys, dtype=torch.bool, device=like.device).triu(num_keys - num_queries + 1)
-    return torch.zeros_like(hidden, dtype=like.dtype).masked_fill_(hidden, float("-inf")).repeat_interleave(group, 0)
+def _natively(pool: Slabs) -> bool:
+    return pool.v.device.type == "cpu" and pool.v.shape[-1] % native.LANES == 0 and native.available()
+
+
+def causal_softmax(scores: torch.Tensor, scaling: float, group: int) -> torch.Tensor:
+    """softmax(scaling * scores) [kv, queries * group, keys] of the last queries among the keys; scores are used up."""
+    batch, rows, num_keys = scores.shape
+    if scores.device.type == "cpu" and native.available():
+        return native.causal_softmax(scores, scaling, torch.zeros(batch, dtype=torch.int32), group)
+    num_queries = rows // group
+    hidden = torch.ones(num_queries, num_keys, dtype=torch.bool, device=scores.device).triu(num_keys - num_queries + 1)
+    mask = torch.zeros_like(hidden, dtype=scores.dtype).masked_fill_(hidden, float("-inf")).repeat_interleave(group, 0)
+    return torch.softmax(torch.add(mask, scores, alpha=scaling, out=scores), dim=-1)
 
 
 AddAdapters = Callable[[torch.Tensor, torch.Tensor, str], object]  # (x, y, site): y += what the rows' adapters make of x
@@ -131,8 +184,8 @@ AddAdapters = Callable[[torch.Tensor, torch.Tensor, str], object]  # (x, y, site
 class Attention(Protocol):
     """Attention of some rows of a pass, whose keys and values it also puts away."""
 
-    def attend(self, layer: int, q: torch.Tensor, kv: torch.Tensor, scaling: float, heads: Heads, out: torch.Tensor) -> None:
-        """q [T, heads.q, size], kv [T, 2 * heads.kv, size] (k heads, then v heads); writes rows of out [T, heads.q, size]."""
+    def attend(self, layer: int, qkv: torch.Tensor, scaling: float, heads: Heads, out: torch.Tensor) -> None:
+        """qkv [T, heads.total, size] (q heads, k heads, v heads); writes rows of out [T, heads.q, size]."""
         ...
 
 
@@ -154,7 +207,7 @@ def run(
         add(h, y, layer.qkv.site)
         qkv = rotate_heads(y.view(-1, heads.total, heads.size), cos, sin, heads, layer.head_norms)
         for part in work:
-            part.attend(index, qkv[:, : heads.q], qkv[:, heads.q :], decoder.scaling, heads, attended)
+            part.attend(index, qkv, decoder.scaling, heads, attended)
         a = attended.view(len(x), -1)
         y = linear_product(a, layer.output, decoder.exact)
         add(a, y, layer.output.site)

@@ -1,4 +1,4 @@
-"""core/native.c on a CPU: compiled by the machine's own C compiler in a second, once, and kept in the user's cache.
+"""core/native.c and core/native_sampling.c on a CPU: compiled by the machine's own C compiler in a second, once, and kept in the user's cache.
 
 The names are those of core/kernels.py, its counterpart for CUDA. Without a compiler, or with another OpenMP than the one that
 torch brings, torch's operations compute the same in two to three times the time.
@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from core.attention import Heads
 
 log = logging.getLogger("cook.engine")
-SOURCE = Path(__file__).with_suffix(".c")
+SOURCES = [Path(__file__).with_name(name) for name in ("native_sampling.c", "native.c")]  # the first includes the second
 FLAGS = (
     "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
     "-fassociative-math", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared", "-nodefaultlibs",
 )  # fmt: skip
+LANES = 16  # heads are attended to by cached keys if their size is a multiple of this
 VALUES = {torch.bfloat16: ("-DBF16",), torch.float32: ()}
 
 
@@ -54,7 +55,7 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL:
     if compiler is None:
         raise OSError("there is no C compiler: install gcc")
     command = [compiler, *FLAGS, *VALUES[dtype]]
-    about = f"{command} {torch.__version__} {_processor()}".encode() + SOURCE.read_bytes()
+    about = f"{command} {torch.__version__} {_processor()}".encode() + b"".join(source.read_bytes() for source in SOURCES)
     built = cache_directory() / f"native-{hashlib.sha256(about).hexdigest()[:16]}.so"
     if not built.exists():
         _build(command, built)
@@ -73,7 +74,7 @@ def _build(command: list[str], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         made = Path(scratch) / target.name
-        subprocess.run([*command, str(SOURCE), "-o", str(made)], check=True, capture_output=True, timeout=120)
+        subprocess.run([*command, str(SOURCES[0]), "-o", str(made)], check=True, capture_output=True, timeout=120)
         made.replace(target)
 
 
@@ -156,3 +157,13 @@ def causal_softmax(scores: torch.Tensor, scaling: float, left: torch.Tensor, gro
     batch, rows, keys = scores.shape
     _call("causal_softmax", scores.dtype, scores, scaling, left, batch, rows // group, group, keys)
     return scores
+
+
+def cached_attention(
+    qkv: torch.Tensor, out: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor,
+    k: torch.Tensor, v: torch.Tensor, scaling: float, heads: Heads,
+) -> None:  # fmt: skip
+    """New rows of qkv [T, heads.total, size] put their keys and values into a layer's k [slots, kv, size, room] and
+    v [slots, kv, room, size] and look at all up to their positions; rows of out [T, heads.q, size]. Indices [n] int64."""
+    _call("cached_attention", qkv.dtype, qkv, out, rows, slots, positions, k, v, scaling,
+          len(rows), k.shape[3], v.shape[2], heads.q, heads.kv, heads.size)  # fmt: skip

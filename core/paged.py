@@ -13,7 +13,7 @@ import torch
 
 from core.attention import BLOCK, Heads, varlen_between
 from core.elementwise import kernels
-from core.inference import causal
+from core.inference import causal_softmax
 from core.kv_cache import SMALLEST, Pool, Slot
 
 PAGE = SMALLEST  # tokens of a page
@@ -95,7 +95,8 @@ class PagedDecode:
         pages = self.table.gather(1, (self.positions // PAGE).unsqueeze(1)).squeeze(1)
         self.place = pages * PAGE + self.positions % PAGE
 
-    def attend(self, layer: int, q: torch.Tensor, kv: torch.Tensor, scaling: float, heads: Heads, out: torch.Tensor) -> None:
+    def attend(self, layer: int, qkv: torch.Tensor, scaling: float, heads: Heads, out: torch.Tensor) -> None:
+        q, kv = qkv[:, : heads.q], qkv[:, heads.q :]
         k, v = self.memory.k[layer], self.memory.v[layer]
         k.view(-1, heads.kv, heads.size).index_copy_(0, self.place, kv[:, : heads.kv])
         v.view(-1, heads.kv, heads.size).index_copy_(0, self.place, kv[:, heads.kv :])
@@ -133,7 +134,8 @@ class PagedPrefill:
         self.keys = None if self.lengths == self.ends else torch.cat(places).to(device)  # None: the new rows are all there is
         self.cu_rows, self.cu_keys = (_sums(counts, device) for counts in (self.lengths, self.ends))
 
-    def attend(self, layer: int, q: torch.Tensor, kv: torch.Tensor, scaling: float, heads: Heads, out: torch.Tensor) -> None:
+    def attend(self, layer: int, qkv: torch.Tensor, scaling: float, heads: Heads, out: torch.Tensor) -> None:
+        q, kv = qkv[:, : heads.q], qkv[:, heads.q :]
         k, v = (side[layer].view(-1, heads.kv, heads.size) for side in (self.memory.k, self.memory.v))
         k.index_copy_(0, self.new, kv[:, : heads.kv])
         v.index_copy_(0, self.new, kv[:, heads.kv :])
@@ -160,8 +162,7 @@ def _attend_one(
         stop = min(start + BLOCK, len(q))
         seen = earlier + stop
         scores = by_head[:, start:stop].flatten(1, 2) @ k[:seen].permute(1, 2, 0)
-        mask = causal(stop - start, seen, heads.group, scores)
-        attended = torch.softmax(scores * scaling + mask, dim=-1) @ v[:seen].transpose(0, 1)
+        attended = causal_softmax(scores, scaling, heads.group) @ v[:seen].transpose(0, 1)
         out[start:stop] = attended.unflatten(1, (stop - start, heads.group)).transpose(0, 1).flatten(1, 2)
 
 

@@ -21,7 +21,7 @@ from core.datum import SampledSequence, SampleResponse
 from core.decoder import Decoder
 from core.exact import TILE, ExactAttention
 from core.exact_step import Row, exact_step
-from core.inference import Attention, Decode, Prefill, run
+from core.inference import Attention, CachedRows, Decode, Prefill, run
 from core.kv_cache import KvCache, Pool, Slabs
 from core.lora import ComputeCopies, Segment, Weights, add_lora
 from core.packing import bins, make_segment
@@ -324,7 +324,7 @@ class Batch:
     tokens: torch.Tensor  # [n] the next inputs
     positions: torch.Tensor
     adapters: list[StackedRows]
-    parts: list[Decode]  # they read `positions`
+    parts: list[Decode | CachedRows]  # they read `positions`
     choice: Choice
     shift: torch.Tensor  # [n] fp32
     fresh: list[int]  # rows without a shift

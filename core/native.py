@@ -1,4 +1,5 @@
-"""core/native.c and core/native_sampling.c on a CPU: compiled by the machine's own C compiler in a second, once, and kept in the user's cache.
+"""core/native.c and core/native_sampling.c on a CPU: compiled by the machine's own C compiler in a few seconds, once, and kept
+in the user's cache.
 
 The names are those of core/kernels.py, its counterpart for CUDA. Without a compiler, or with another OpenMP than the one that
 torch brings, torch's operations compute the same in two to three times the time.
@@ -31,7 +32,7 @@ FLAGS = (
     "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
     "-fassociative-math", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared", "-nodefaultlibs",
 )  # fmt: skip
-LANES = 16  # heads are attended to by cached keys if their size is a multiple of this
+FEW = {torch.float32: 16, torch.bfloat16: 8}  # rows up to which sampling does without products; at most FEW of the C code
 VALUES = {torch.bfloat16: ("-DBF16",), torch.float32: ()}
 
 
@@ -167,3 +168,18 @@ def cached_attention(
     v [slots, kv, room, size] and look at all up to their positions; rows of out [T, heads.q, size]. Indices [n] int64."""
     _call("cached_attention", qkv.dtype, qkv, out, rows, slots, positions, k, v, scaling,
           len(rows), k.shape[3], v.shape[2], heads.q, heads.kv, heads.size)  # fmt: skip
+
+
+def logits_of_few(weight: torch.Tensor, h: torch.Tensor, shift: torch.Tensor) -> torch.Tensor | None:
+    """weight h^T - shift as [V, n], rounded once; None where products by torch are the better way."""
+    n, d = h.shape
+    if h.device.type != "cpu" or n > FEW[h.dtype] or not available():
+        return None
+    out = h.new_empty(len(weight), n)
+    _call("few_logits", h.dtype, weight, h.float().contiguous(), shift.float().contiguous(), out, n, d, len(weight))
+    return out
+
+
+def decode_step(dtype: torch.dtype, *values: torch.Tensor | float | int) -> None:
+    """A decode step of few rows: see core/native_step.py, which makes the tables that it takes."""
+    _call("decode_step", dtype, *values)

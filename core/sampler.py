@@ -21,9 +21,11 @@ from core.datum import SampledSequence, SampleResponse
 from core.decoder import Decoder
 from core.exact import TILE, ExactAttention
 from core.exact_step import Row, exact_step
+from core.head import UNEMBED
 from core.inference import Attention, CachedRows, Decode, Prefill, run
 from core.kv_cache import KvCache, Pool, Slabs
 from core.lora import ComputeCopies, Segment, Weights, add_lora
+from core.native_step import FewRows, FewStep
 from core.packing import bins, make_segment
 from core.paged import PAGE, PagedPrefill, Pages, page_table
 from core.request import Continuation, SampleRequest
@@ -59,6 +61,7 @@ class Sampler:
         self._filling: list[Continuation] = []
         self._running: list[Continuation] = []
         self._batch: Batch | Ahead | None = None
+        self.few = FewRows(decoder, copies) if not paged and FewRows.available(decoder) else None
         self._stacks = Stacks(copies, stay=self.pages is not None)
         self._alive: weakref.WeakValueDictionary[Hashable, Weights] = weakref.WeakValueDictionary()
 
@@ -238,9 +241,7 @@ class Sampler:
 
     def _decode_now(self, batch: Batch) -> None:
         device = self.decoder.device
-        for part in batch.parts:
-            part.ready(self.decoder.dtype)
-        x = run(self.decoder, batch.tokens, batch.positions, batch.add, batch.parts)
+        x = batch.stream(self.decoder)
         head = Head(self.decoder, x, batch.adapters)
         if batch.fresh:
             self._first_shift(head, batch)
@@ -282,7 +283,10 @@ class Sampler:
         tensor = partial(torch.tensor, device=device)
         tokens, positions = tensor([s.tokens[-1] for s in sequences]), tensor([len(s.tokens) - 1 for s in sequences])
         slots = [s.slot for s in sequences if s.slot is not None]
-        adapters = self._stacks.rows_of(_counted((s.request.weights, 1) for s in sequences), device)
+        owners = [s.request.weights for s in sequences]
+        few = self.few.step(slots, owners) if self.few is not None and len(slots) <= self.few.most else None
+        stacked = few is None or any(UNEMBED in weights.geometry.sites for weights in owners)
+        adapters = self._stacks.rows_of(_counted((weights, 1) for weights in owners), device) if stacked else []
         choice = Choice.of([s.request.params for s in sequences], device)
         if self.steps is not None:
             load = Load(tokens, positions, page_table(slots, self.page_width).to(device), adapters, choice)
@@ -290,7 +294,7 @@ class Sampler:
             return Ahead(sequences, self.steps.loaded(load), choice)
         shift = tensor([s.shift or 0.0 for s in sequences])
         fresh = [row for row, s in enumerate(sequences) if s.shift is None]
-        return Batch(sequences, tokens, positions, adapters, Decode.of(slots, positions), choice, shift, fresh)
+        return Batch(sequences, tokens, positions, adapters, Decode.of(slots, positions), choice, shift, fresh, few)
 
     def _first_shift(self, head: Head, batch: Batch) -> None:
         """A sequence's first logits have no shift yet: find their largest."""
@@ -328,6 +332,15 @@ class Batch:
     choice: Choice
     shift: torch.Tensor  # [n] fp32
     fresh: list[int]  # rows without a shift
+    few: FewStep | None
+
+    def stream(self, decoder: Decoder) -> torch.Tensor:
+        """The residual stream after the last layer, [n, d] fp32."""
+        if self.few is not None:
+            return self.few.run(self.tokens, self.positions)
+        for part in self.parts:
+            part.ready(decoder.dtype)
+        return run(decoder, self.tokens, self.positions, self.add, self.parts)
 
     def add(self, x: torch.Tensor, y: torch.Tensor, site: str) -> None:
         for adapters in self.adapters:

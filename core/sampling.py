@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from core import native
 from core.datum import SamplingParams
 from core.decoder import Decoder
 from core.elementwise import normalise
@@ -65,7 +66,10 @@ class Head:
 
     def logits(self, shift: torch.Tensor) -> torch.Tensor:
         """Logits minus shift [n] as [V, n] in the compute dtype, rounded once after the subtraction."""
-        logits = F.linear(self.head.weight, self.h, -shift.to(self.h.dtype))
+        shift = shift.to(self.h.dtype)
+        logits = native.logits_of_few(self.head.weight, self.h, shift)
+        if logits is None:
+            logits = F.linear(self.head.weight, self.h, -shift)
         if self.head.bias is not None:
             logits += self.head.bias.unsqueeze(1)
         for rows, u, b in self.adapted:

@@ -1,10 +1,11 @@
-"""core/native.c computes what torch's operations do; a machine without a compiler gets those."""
+"""core/native.c and core/native_sampling.c compute what torch's operations do; a machine without a compiler gets those."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,15 @@ import torch.nn.functional as F
 
 from core import native
 from core.attention import Heads
+from core.datum import LoraConfig
+from core.decoder import Decoder
 from core.elementwise import Norm
-from tests.tiny import tiny_model_dir
+from core.inference import Decode, run
+from core.kv_cache import Slabs
+from core.lora import ComputeCopies, Geometry, Weights, add_lora
+from core.native_step import FewRows
+from core.packing import make_segment
+from tests.tiny import KINDS, tiny_model, tiny_model_dir
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C compiler for this processor, or another OpenMP")
 DTYPES = {torch.float32: 3e-6, torch.bfloat16: 2**-8}  # rounding of one value, relative
@@ -127,3 +135,65 @@ def test_without_a_compiler_the_numbers_are_the_same(tmp_path: Path) -> None:
     missing, without = told(PATH=str(tmp_path), XDG_CACHE_HOME=str(tmp_path))
     assert (built, missing) == ("True", "False")
     assert with_kernels == pytest.approx(without, abs=1e-4)
+
+
+@pytest.mark.parametrize(("size", "group", "kv"), [(8, 1, 2), (24, 3, 1), (64, 4, 1), (16, 7, 2)])
+def test_rows_look_at_their_cached_past(size: int, group: int, kv: int, dtype: torch.dtype) -> None:
+    """Three sequences of one row each, one of them longer than a block of keys, in slots and rows of any order."""
+    heads, room, scaling = Heads(kv * group, kv, size), 640, size**-0.5
+    k, v = random(5, kv, size, room + 16, dtype=dtype), random(5, kv, room, size, dtype=dtype)
+    qkv, out = random(6, heads.total, size, dtype=dtype), torch.zeros(6, heads.q, size, dtype=dtype)
+    rows, slots, positions = torch.tensor([4, 0, 3]), torch.tensor([1, 4, 2]), torch.tensor([0, 600, 17])
+    native.cached_attention(qkv, out, rows, slots, positions, k, v, scaling, heads)
+    q, new_k, new_v = qkv.split([heads.q, kv, kv], dim=1)
+    for row, slot, position in zip(rows, slots, positions, strict=True):
+        assert torch.equal(k[slot, :, :, position], new_k[row])
+        assert torch.equal(v[slot, :, position], new_v[row])
+        keys, values = k[slot, :, :, : position + 1].float(), v[slot, :, : position + 1].float()
+        weights = torch.softmax(q[row].view(kv, group, size).float() @ keys * scaling, dim=-1)
+        assert_rounded(out[row], (weights @ values).view(heads.q, size))
+    assert not out[[1, 2, 5]].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_a_step_of_few_rows_is_one_of_many(kind: str, count: int, dtype: torch.dtype) -> None:
+    decoder = Decoder(tiny_model(kind).to(dtype), dtype, torch.device("cpu"))
+    pools = [Slabs(64 << i, 4, len(decoder.layers), decoder.heads, dtype, decoder.device) for i in range(2)]
+    for pool in pools:
+        pool.grow(4)
+        pool.k.copy_(random(*pool.k.shape, dtype=dtype))
+        pool.v.copy_(random(*pool.v.shape, dtype=dtype))
+    slots = [pools[i % 2].slots[i // 2] for i in range(count)]
+    owners = sorted((adapter(decoder, i) for i in range(count)), key=lambda weights: (weights.config.rank, weights.key))
+    tokens, positions = torch.arange(count) + 5, 7 * torch.arange(count)
+    copies = ComputeCopies(dtype)
+    found = FewRows(decoder, copies).step(slots, owners).run(tokens, positions)
+    parts = Decode.of(slots, positions)
+    for part in parts:
+        part.ready(dtype)
+    segments = [make_segment(i, i + 1, [w], [(w, 0, 1)], copies, with_grad=False) for i, w in enumerate(owners)]
+    with torch.no_grad():
+        expected = run(decoder, tokens, positions, partial(add_lora, segments=segments), parts)
+    limit = 1e-5 if dtype == torch.float32 else 0.02  # where a rounding went the other way
+    assert (found - expected).norm() < limit * expected.norm()
+
+
+def test_an_overflowing_adapter_spoils_only_its_own_row_of_few() -> None:
+    decoder = Decoder(tiny_model(), torch.float32, torch.device("cpu"))
+    pool = Slabs(64, 4, len(decoder.layers), decoder.heads, torch.float32, decoder.device)
+    pool.grow(3)
+    owners = [adapter(decoder, i) for i in (1, 4, 5)]
+    owners[1].params.fill_(1e30)
+    step = FewRows(decoder, ComputeCopies(torch.float32)).step(pool.slots[:3], owners)
+    x = step.run(torch.tensor([1, 2, 3]), torch.zeros(3, dtype=torch.int64))
+    assert torch.isfinite(x[[0, 2]]).all()
+    assert not torch.isfinite(x[1]).any()
+
+
+def adapter(decoder: Decoder, number: int) -> Weights:
+    """One of several ranks and geometries, none for every fourth."""
+    config = LoraConfig(rank=(1, 4, 20)[number % 3], train_mlp=number % 5 != 2)
+    geometry = Geometry({}, 0) if number % 4 == 3 else Geometry.of(decoder.sites, config)
+    params = 0.1 * random(geometry.num_rows, config.rank)
+    return Weights((number, 0), config, geometry, params)

@@ -1,0 +1,108 @@
+"""Decode steps of few rows on a CPU as one call of core/native_sampling.c: nothing but weights is read, and those once.
+
+What the C code gets are tables of addresses: of each layer its tensors; of each adapter and layer its factors; of each row
+where its sequence's keys and values lie. This module makes them and keeps what they point to alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from core import native
+from core.decoder import Decoder
+from core.fused import Layer
+from core.kv_cache import Slabs, Slot
+from core.lora import ComputeCopies, Weights
+
+
+class FewRows:
+    """Steps of one decoder."""
+
+    def __init__(self, decoder: Decoder, copies: ComputeCopies) -> None:
+        self.decoder, self.copies, self.most = decoder, copies, native.FEW[decoder.dtype]
+        self.layers = torch.tensor([_of_layer(layer) for layer in decoder.layers])
+
+    @staticmethod
+    def available(decoder: Decoder) -> bool:
+        norms = {norm.eps for layer in decoder.layers for norm in (layer.attention_norm, layer.mlp_norm)}
+        return (
+            decoder.device.type == "cpu"
+            and not decoder.exact
+            and len(norms) == 1
+            and native.available()
+        )
+
+    def step(self, slots: Sequence[Slot], owners: Sequence[Weights]) -> FewStep:
+        """Of one row for each slot."""
+        return FewStep(self, slots, owners)
+
+
+class FewStep:
+    """The rows of a batch that stays the same for several steps."""
+
+    def __init__(self, few: FewRows, slots: Sequence[Slot], owners: Sequence[Weights]) -> None:
+        decoder, heads = few.decoder, few.decoder.heads
+        first = decoder.layers[0]
+        self.few, n = few, len(slots)
+        self.d, self.width = first.qkv.weight.shape[1], first.down.weight.shape[1]
+        self.places = torch.tensor([_place(slot) for slot in slots])
+        adapters = list({weights.key: weights for weights in owners if weights.geometry.sites}.values())
+        number = {weights.key: i for i, weights in enumerate(adapters)}
+        self.adapter_of = torch.tensor([number.get(weights.key, -1) for weights in owners])
+        self.copies = [few.copies.get([weights]) for weights in adapters]
+        self.factors = torch.tensor(
+            [[_of_adapter(layer, weights, copy) for layer in decoder.layers]
+             for weights, copy in zip(adapters, self.copies, strict=True)], dtype=torch.int64,
+        )  # fmt: skip
+        self.ranks = torch.tensor([weights.config.rank for weights in adapters], dtype=torch.int64)
+        self.scales = torch.tensor([weights.scale for weights in adapters])
+        self.most_rank = max((weights.config.rank for weights in adapters), default=0)
+        self.qkv = torch.empty(n, heads.total, heads.size, dtype=decoder.dtype)
+        self.attended = torch.empty(n, heads.q, heads.size, dtype=decoder.dtype)
+        self.between, self.u = torch.empty(n, self.width), torch.empty(n, 3 * self.most_rank)
+
+    def run(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The residual stream after the last layer for tokens [n] at positions [n]: [n, d] fp32."""
+        decoder = self.few.decoder
+        x = F.embedding(tokens, decoder.embedding).float()
+        cosine, sine = decoder.rotary_tables(x, positions)
+        heads, first = decoder.heads, decoder.layers[0]
+        native.decode_step(
+            decoder.dtype, self.few.layers, self.places, positions, self.factors, self.ranks, self.adapter_of, self.scales,
+            cosine, sine, x, self.qkv, self.attended, self.between, self.u,
+            len(x), self.d, heads.q, heads.kv, heads.size, self.width, len(decoder.layers), self.most_rank,
+            first.attention_norm.eps, first.q_norm.eps if first.q_norm is not None else 0.0, float(decoder.scaling),
+        )  # fmt: skip
+        return x
+
+
+def _of_layer(layer: Layer) -> list[int]:
+    """In the order of native_sampling.c's OF_LAYER; 0: there is none."""
+    linear = (layer.qkv, layer.output, layer.gate_up, layer.down)
+    qkv, output, gate_up, down = ([_address(one.weight), _address(one.bias)] for one in linear)
+    norms = [_address(norm.weight if norm is not None else None) for norm in (layer.q_norm, layer.k_norm)]
+    return [_address(layer.attention_norm.weight), *qkv, *norms, *output, _address(layer.mlp_norm.weight), *gate_up, *down]
+
+
+def _of_adapter(layer: Layer, weights: Weights, copy: torch.Tensor) -> list[int]:
+    """In the order of OF_ADAPTER: each site's A's as one address, then each B's."""
+    found = []
+    for linear, matrices in ((layer.qkv, 3), (layer.output, 1), (layer.gate_up, 2), (layer.down, 1)):
+        rows = weights.geometry.sites.get(linear.site)
+        found += [0] * (1 + matrices) if rows is None else [_address(copy[part]) for part in (rows.a, *rows.b)]
+    return found
+
+
+def _place(slot: Slot) -> list[int]:
+    """In the order of OF_PLACE: the slot in layer 0, and how far apart layers are, in values."""
+    pool = slot.pool
+    assert isinstance(pool, Slabs)
+    k, v = pool.k, pool.v
+    return [_address(k[0, slot.index]), _address(v[0, slot.index]), k.stride(0), v.stride(0), k.shape[4], v.shape[3]]
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

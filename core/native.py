@@ -1,4 +1,4 @@
-"""core/native.c and core/native_sampling.c on a CPU: compiled by the machine's own C compiler in a few seconds, once, and kept
+"""core/native.c and what includes it on a CPU: compiled by the machine's own C compiler in a few seconds, once, and kept
 in the user's cache.
 
 The names are those of core/kernels.py, its counterpart for CUDA. Without a compiler, or with another OpenMP than the one that
@@ -11,7 +11,6 @@ import ctypes
 import functools
 import hashlib
 import logging
-import os
 import platform
 import shutil
 import subprocess
@@ -21,13 +20,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from core.gguf import cache_directory
 from core.machine import libgomp
 
 if TYPE_CHECKING:
     from core.attention import Heads
 
 log = logging.getLogger("cook.engine")
-SOURCES = [Path(__file__).with_name(name) for name in ("native_sampling.c", "native.c")]  # the first includes the second
+NAMES = ("native_step.c", "native_sampling.c", "native.c")  # each includes the next
+SOURCES = [Path(__file__).with_name(name) for name in NAMES]
 FLAGS = (
     "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
     "-fassociative-math", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared", "-nodefaultlibs",
@@ -64,10 +65,6 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL:
     assert gomp is not None
     ctypes.CDLL(gomp._name, ctypes.RTLD_GLOBAL)  # what the library's parallel loops call, with torch's own threads
     return ctypes.CDLL(str(built))
-
-
-def cache_directory() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cook"
 
 
 def _build(command: list[str], target: Path) -> None:

@@ -1,4 +1,4 @@
-"""Decode steps of few rows on a CPU as one call of core/native_sampling.c: nothing but weights is read, and those once.
+"""Decode steps of few rows on a CPU as one call of core/native_step.c: nothing but weights is read, and those once.
 
 What the C code gets are tables of addresses: of each layer its tensors; of each adapter and layer its factors; of each row
 where its sequence's keys and values lie. This module makes them and keeps what they point to alive.
@@ -80,7 +80,7 @@ class FewStep:
 
 
 def _of_layer(layer: Layer) -> list[int]:
-    """In the order of native_sampling.c's OF_LAYER; 0: there is none."""
+    """In the order of native_step.c's OF_LAYER; 0: there is none."""
     linear = (layer.qkv, layer.output, layer.gate_up, layer.down)
     qkv, output, gate_up, down = ([_address(one.weight), _address(one.bias)] for one in linear)
     norms = [_address(norm.weight if norm is not None else None) for norm in (layer.q_norm, layer.k_norm)]

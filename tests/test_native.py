@@ -1,4 +1,4 @@
-"""core/native.c and core/native_sampling.c compute what torch's operations do; a machine without a compiler gets those."""
+"""core/native*.c compute what torch's operations do; a machine without a compiler gets those."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_without_a_compiler_the_numbers_are_the_same(tmp_path: Path) -> None:
         return words[0], [float(word) for word in words[1:]]
 
     built, with_kernels = told()
-    missing, without = told(PATH=str(tmp_path), XDG_CACHE_HOME=str(tmp_path))
+    missing, without = told(PATH=str(tmp_path), COOK_CACHE=str(tmp_path))
     assert (built, missing) == ("True", "False")
     assert with_kernels == pytest.approx(without, abs=1e-4)
 
@@ -158,7 +158,8 @@ def test_rows_look_at_their_cached_past(size: int, group: int, kv: int, dtype: t
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("count", [1, 3, 8])
 def test_a_step_of_few_rows_is_one_of_many(kind: str, count: int, dtype: torch.dtype) -> None:
-    decoder = Decoder(tiny_model(kind).to(dtype), dtype, torch.device("cpu"))
+    model: torch.nn.Module = tiny_model(kind)
+    decoder = Decoder(model.to(dtype), dtype, torch.device("cpu"))
     pools = [Slabs(64 << i, 4, len(decoder.layers), decoder.heads, dtype, decoder.device) for i in range(2)]
     for pool in pools:
         pool.grow(4)

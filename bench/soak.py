@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +104,14 @@ def restarts(model: str, times: int, trainers: int) -> dict[str, Any]:
     try:
         clients = start_clients(port, model, 0, trainers, seconds=1e9)
         for _ in range(times):
-            time.sleep(draw.uniform(6, 12))
+            wait_for_trainers(port, trainers)
+            time.sleep(draw.uniform(3, 9))
             server.send_signal(signal.SIGKILL)
             server.wait()
             start = time.monotonic()
             server = start_server(model, port, store, "cpu", "engine.dtype=float32")
             down.append(time.monotonic() - start)
+        wait_for_trainers(port, trainers)
         time.sleep(10)
         for process, _ in clients:
             process.send_signal(signal.SIGTERM)
@@ -125,6 +128,17 @@ def restarts(model: str, times: int, trainers: int) -> dict[str, Any]:
         "steps": sum(len(losses) for losses in found["losses"].values()),
         "largest_loss_difference": difference(model, found["losses"]),
     }  # fmt: skip
+
+
+def wait_for_trainers(port: int, count: int, most: float = 120) -> None:
+    """Until all of them train: the SDK waits up to half a minute before it tries a server again that was away."""
+    end = time.monotonic() + most
+    while time.monotonic() < end:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            found = re.findall(r"^cook_training_clients\S* (\d+)", answer.read().decode(), re.M)
+        if sum(map(int, found)) >= count:
+            return
+        time.sleep(0.5)
 
 
 ClientProcess = tuple["subprocess.Popen[bytes]", Path]  # and where its answer will be

@@ -10,8 +10,12 @@ import pytest
 import torch
 
 from cookbook.cli import main
+from cookbook.config import ModelConfig
+from cookbook.exporting.card import card
+from cookbook.exporting.subject import Subject
 from core import Datum
 from core.merge import Merged, in_shards
+from core.models import EMBEDDED
 from tests.small_runs import chat, train, write_rows
 from tests.tiny import KINDS, base_model, data, logprobs_of, new_client, peft_model, tiny_model_dir
 
@@ -155,6 +159,17 @@ def test_shards_are_cut_by_size_and_nothing_is_lost() -> None:
     assert all(len(shard) == 1 or sum(info.num_bytes for info in shard) <= 20_000 for shard in shards)
 
 
+@pytest.mark.parametrize(("name", "loaded"), [
+    ("smollm2-135m-instruct-q4_1", 'from_pretrained(local_model("smollm2-135m-instruct-q4_1"))'),
+    ("Qwen/Qwen3-8B", 'from_pretrained("Qwen/Qwen3-8B")'),
+])  # fmt: skip
+def test_a_card_loads_the_base_by_a_name_that_there_is(name: str, loaded: str, tmp_path: Path) -> None:
+    text = card(Subject("mine", ModelConfig(name=name), tmp_path), "peft")
+    code = text.partition("```python\n")[2].partition("```")[0]
+    compile(code, "card", "exec")
+    assert loaded in code and ("import local_model" in code) == (name in EMBEDDED)
+
+
 def test_a_run_is_exported_with_its_newest_or_named_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, rows = tmp_path / "run", write_rows(tmp_path / "rows.jsonl", map(chat, range(30)))
     assert train(run, rows, steps=4, eval_every=2) == 0
@@ -162,8 +177,8 @@ def test_a_run_is_exported_with_its_newest_or_named_checkpoint(tmp_path: Path, c
     exported(str(run), tmp_path / "second", "--checkpoint", "2", "--no-verify")
     said = capsys.readouterr().out
     assert "step 4 to" in said.replace("\n", " ") and "step 2 to" in said.replace("\n", " ")
-    card = (tmp_path / "newest/README.md").read_text()
-    assert "| held_out/nll |" in card and "learning_rate: 0.01" in card and str(tmp_path) not in card
+    text = (tmp_path / "newest/README.md").read_text()
+    assert "| held_out/nll |" in text and "learning_rate: 0.01" in text and str(tmp_path) not in text
     assert main(["push", str(run), "me/model", "--dry-run", "--no-verify"]) == 0
     said = capsys.readouterr().out
     assert "adapter_model.safetensors" in said and "nothing was sent (--dry-run)" in said and "me/model (private)" in said

@@ -6,14 +6,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cookbook.exporting.subject import Subject
+from core.models import EMBEDDED
 
 HIDDEN = ("run_dir", "config_dir")  # paths of the machine, nobody else's business
 USE = {
     "peft": """```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-base = AutoModelForCausalLM.from_pretrained("{base}")
+{more}
+base = AutoModelForCausalLM.from_pretrained({base})
 model = PeftModel.from_pretrained(base, "{name}")  # do not merge_and_unload: it would change a tied embedding too
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```""",
@@ -34,8 +35,16 @@ def card(subject: Subject, form: str, repository: str | None = None) -> str:
     name = repository or "FOLDER"
     title = (repository or subject.name).rpartition("/")[2]
     parts = [_front_matter(subject, form), f"# {title}", _origin(subject, form), *_sections(subject)]
-    parts += ["## Use", USE[form].format(base=_without_folders(subject.model.name), name=name), "## Licence", _licence(subject)]
+    parts += ["## Use", _use(subject, form, name), "## Licence", _licence(subject)]
     return "\n\n".join(parts) + "\n"
+
+
+def _use(subject: Subject, form: str, name: str) -> str:
+    """Code that loads it. The model that comes with cook has no name on a hub."""
+    base, more = f'"{_without_folders(subject.model.name)}"', ""
+    if subject.model.name in EMBEDDED:
+        base, more = f"local_model({base})", "from core.models import local_model  # of cook, which brings the base\n"
+    return USE[form].format(base=base, more=more, name=name)
 
 
 def _front_matter(subject: Subject, form: str) -> str:

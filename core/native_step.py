@@ -28,12 +28,9 @@ class FewRows:
     @staticmethod
     def available(decoder: Decoder) -> bool:
         norms = {norm.eps for layer in decoder.layers for norm in (layer.attention_norm, layer.mlp_norm)}
-        return (
-            decoder.device.type == "cpu"
-            and not decoder.exact
-            and len(norms) == 1
-            and native.available()
-        )
+        of_heads = {norm.eps for layer in decoder.layers for norm in layer.head_norms or ()}
+        alike = len(norms) == 1 and len(of_heads) <= 1
+        return decoder.device.type == "cpu" and not decoder.exact and alike and native.available()
 
     def step(self, slots: Sequence[Slot], owners: Sequence[Weights]) -> FewStep:
         """Of one row for each slot."""

@@ -179,13 +179,15 @@ class Sampler:
         device = self.decoder.device
         segments = self._segments([(s.request.weights, stop - start) for s, start, stop in chosen])
         add = partial(add_lora, segments=segments, exact=self.exact)
-        work: Sequence[Attention] = Prefill.of(parts)
+        work: Sequence[Attention]
         if self.pages is not None:
             work = [PagedPrefill(self.pages, parts)]
         elif self.exact:
             work = [ExactAttention(parts)]
             filling = -len(tokens) % TILE
             tokens, positions = tokens + [0] * filling, positions + [0] * filling
+        else:
+            work = Prefill.of(parts)
         run(self.decoder, torch.tensor(tokens, device=device), torch.tensor(positions, device=device), add, work)
         for sequence, _, stop in chosen:
             assert sequence.slot is not None

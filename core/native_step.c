@@ -11,7 +11,7 @@ typedef struct {
   T *attended;     /* [n, q size] */
   float *between;  /* [n, width], what goes into down_proj */
   float *u;        /* [n, 3 * largest rank], scaled x A of the site at hand */
-  long n, d, q_heads, kv_heads, size, width, num_layers, most_rank, adapted;
+  long n, d, q_heads, kv_heads, size, width, num_layers, most_rank; /* most_rank 0: no row has an adapter */
   float eps, head_eps, scaling;
 } step;
 
@@ -175,7 +175,7 @@ void decode_step(const int64_t *layers, const int64_t *places, const int64_t *po
                  T *qkv, T *attended, float *between, float *u, long n, long d, long q_heads, long kv_heads, long size, long width,
                  long num_layers, long most_rank, float eps, float head_eps, float scaling) {
   step made = {layers, places, positions, factors, ranks, adapter_of, scales, cosine, sine, x, qkv, attended, between, u, n, d,
-               q_heads, kv_heads, size, width, num_layers, most_rank, most_rank > 0, eps, head_eps, scaling};
+               q_heads, kv_heads, size, width, num_layers, most_rank, eps, head_eps, scaling};
   const step *s = &made;
   long q = q_heads * size;
   #pragma omp parallel
@@ -183,16 +183,16 @@ void decode_step(const int64_t *layers, const int64_t *places, const int64_t *po
     float h[n * (d > q ? d : q)];
     for (long layer = 0; layer < num_layers; layer++) {
       norm_rows(s, of_layer(s, layer, ATTENTION_NORM), h);
-      if (s->adapted) down_project(s, layer, A_QKV, 3, h, d);
+      if (s->most_rank) down_project(s, layer, A_QKV, 3, h, d);
       qkv_of(s, layer, h);
       attention_of(s, layer);
       for (long i = 0; i < n * q; i++) h[i] = load(attended[i]);
-      if (s->adapted) down_project(s, layer, A_OUTPUT, 1, h, q);
+      if (s->most_rank) down_project(s, layer, A_OUTPUT, 1, h, q);
       into_stream(s, layer, OUTPUT, A_OUTPUT, h, q);
       norm_rows(s, of_layer(s, layer, MLP_NORM), h);
-      if (s->adapted) down_project(s, layer, A_GATE_UP, 2, h, d);
+      if (s->most_rank) down_project(s, layer, A_GATE_UP, 2, h, d);
       swiglu_of(s, layer, h);
-      if (s->adapted) down_project(s, layer, A_DOWN, 1, between, width);
+      if (s->most_rank) down_project(s, layer, A_DOWN, 1, between, width);
       into_stream(s, layer, DOWN, A_DOWN, between, width);
     }
   }

@@ -296,7 +296,8 @@ class Sampler:
             return Ahead(sequences, self.steps.loaded(load), choice)
         shift = tensor([s.shift or 0.0 for s in sequences])
         fresh = [row for row, s in enumerate(sequences) if s.shift is None]
-        return Batch(sequences, tokens, positions, adapters, Decode.of(slots, positions), choice, shift, fresh, few)
+        parts = Decode.of(slots, positions) if few is None else []
+        return Batch(sequences, tokens, positions, adapters, parts, choice, shift, fresh, few)
 
     def _first_shift(self, head: Head, batch: Batch) -> None:
         """A sequence's first logits have no shift yet: find their largest."""
@@ -334,7 +335,7 @@ class Batch:
     choice: Choice
     shift: torch.Tensor  # [n] fp32
     fresh: list[int]  # rows without a shift
-    few: FewStep | None
+    few: FewStep | None  # what computes the stream then, without `parts`
 
     def stream(self, decoder: Decoder) -> torch.Tensor:
         """The residual stream after the last layer, [n, d] fp32."""

@@ -23,3 +23,20 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of 40 conversations of 31 to 38 tokens."""
+    from tests.small_runs import chat, write_rows
+
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", map(chat, range(40)))
+
+
+@pytest.fixture(scope="module")
+def no_key() -> Iterator[None]:
+    """Clients of a server without one, that tell nobody anything."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv("TINKER_API_KEY", raising=False)
+        environment.setenv("TINKER_TELEMETRY", "0")
+        yield

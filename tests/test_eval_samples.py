@@ -12,15 +12,10 @@ from rich.console import Console
 from cookbook.cli import main
 from cookbook.eval_samples import asked_of, before_and_after
 from core import Datum, ModelInput
-from tests.small_runs import chat, checkpoint_rows, command, contents, metrics, newest, read_lines, result, write_rows
+from tests.small_runs import checkpoint_rows, command, contents, metrics, newest, read_lines, result
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ENV = ("eval.env.name=arithmetic", "eval.problems=3", "eval.max_tokens=8", "eval.samples=2", "eval.temperature=1")
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", map(chat, range(40)))
 
 
 @pytest.fixture(scope="module")

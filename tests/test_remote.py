@@ -28,7 +28,6 @@ from core import AdamParams, ModelInput, SamplingParams
 from core.losses import LOSSES
 from tests.live_server import MODEL, serving
 from tests.small_runs import (
-    chat,
     checkpoint_rows,
     command,
     losses,
@@ -41,28 +40,15 @@ from tests.small_runs import (
 )
 from tests.tiny import data, new_client, tiny_model_dir, tokens
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_key")
 EXACT = {"engine_token_budget": 2048}  # the same data in a custom loss as in process
 CLOCK = ("time/", "perf/")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_key() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as environment:
-        environment.delenv("TINKER_API_KEY", raising=False)
-        environment.setenv("TINKER_TELEMETRY", "0")
-        yield
 
 
 @pytest.fixture(scope="module")
 def url(no_key: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with serving(tmp_path_factory.mktemp("store")) as (url, _):
         yield url
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", map(chat, range(40)))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ from tests.small_runs import (
     MOMENTS,
     WEIGHTS,
     Processes,
-    chat,
     checkpoint_rows,
     command,
     contents,
@@ -35,11 +34,6 @@ from tests.small_runs import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 24
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", map(chat, range(40)))
 
 
 @pytest.fixture(scope="module")

@@ -19,25 +19,16 @@ from cookbook.past_policy import PastPolicy
 from cookbook.served_policy import ServedPolicy, open_speaker
 from core import ModelInput, SamplingParams
 from tests.live_server import serving
-from tests.small_runs import chat, checkpoint_rows, train, write_rows
+from tests.small_runs import checkpoint_rows, train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_key")
 GREEDY = ("--temperature", "0", "--max-tokens", "12")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_key() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as environment:
-        environment.delenv("TINKER_API_KEY", raising=False)
-        environment.setenv("TINKER_TELEMETRY", "0")
-        yield
-
-
 @pytest.fixture(scope="module")
-def served(no_key: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+def served(no_key: None, tmp_path_factory: pytest.TempPathFactory, rows: Path) -> Iterator[tuple[Path, str]]:
     """A run, and the server that it was trained on."""
     directory = tmp_path_factory.mktemp("runs") / "there"
-    rows = write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", map(chat, range(40)))
     with serving(tmp_path_factory.mktemp("store")) as (url, _):
         assert train(directory, rows, service=url) == 0
         yield directory, url

@@ -36,12 +36,6 @@ TOKENIZER = tiny_tokenizer()
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 rows of 31 to 38 tokens."""
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", map(chat, range(40)))
-
-
-@pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, rows: Path) -> Path:
     """A run of 24 steps."""
     directory = tmp_path_factory.mktemp("runs") / "run"

@@ -18,7 +18,6 @@ import yaml
 from cookbook.cli import main
 from cookbook.run_reader import read_run, runs_in
 from tests.small_runs import (
-    chat,
     command,
     contents,
     losses,
@@ -28,15 +27,9 @@ from tests.small_runs import (
     train,
     wait_until,
     weights,
-    write_rows,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", map(chat, range(40)))
 
 
 def sweep(directory: Path, rows: Path, *words: str, **changes: object) -> int:

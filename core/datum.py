@@ -95,9 +95,14 @@ class OptimStepOutput:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+COLDEST = 1e-5
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How one request is sampled. top_k -1 and top_p 1 mean the whole distribution; temperature 0 the likeliest token.
+
+    A temperature above 0 and below COLDEST becomes 0: its inverse times the rounding of a logit would decide.
 
     `stop`: strings, token ids, or None; the text or token that ends a sequence is part of it. With a `seed`, sample i of a
     request depends on (seed, i) alone.
@@ -109,6 +114,10 @@ class SamplingParams:
     temperature: float = 1.0
     top_k: int = -1
     top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if 0 < self.temperature < COLDEST:
+            object.__setattr__(self, "temperature", 0.0)
 
 
 @dataclass

@@ -157,6 +157,12 @@ def test_tokens_come_as_often_as_their_probability(sampler: SamplingClient, para
                 assert sequence.logprobs[0] == pytest.approx(torch.tensor(untouched).log().item(), abs=1e-4)
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-30, 2e-214])
+def test_the_coldest_temperatures_are_none(sampler: SamplingClient, temperature: float) -> None:
+    found = ask(sampler, prompt(6), temperature=temperature).result(TIMEOUT)
+    assert_alike(found, ask(sampler, prompt(6), temperature=0.0).result(TIMEOUT))
+
+
 def test_a_seed_fixes_samples_whatever_else_is_in_flight(tmp_path: Path) -> None:
     clients = [new_client(tmp_path, rank=r, seed=r) for r in (2, 5)]
     samplers = [c.save_weights_and_get_sampling_client().result(TIMEOUT) for c in clients]

@@ -25,7 +25,7 @@ from core.sampling_client import SamplingClient
 
 T = TypeVar("T")
 
-_engines: dict[tuple, tuple[Engine, int]] = {}  # (base model, dtype, device, exact) -> engine and its number of clients
+_engines: dict[tuple, tuple[Engine, int]] = {}  # (base model, options, dtype, device) -> engine and its number of clients
 _engines_lock = threading.RLock()  # re-entered when a collected client's finalizer runs in a thread that holds it
 
 
@@ -40,7 +40,7 @@ def _stop_engines() -> None:
 
 
 def _acquire(base_model: str, options: EngineOptions) -> tuple[tuple, Engine]:
-    key = (base_model, *options.resolve(), options.exact)
+    key = (base_model, replace(options, dtype="", device=""), *options.resolve())  # auto and what it comes to are one
     with _engines_lock:  # held while loading: a second client of the same base waits for the first one's engine
         engine, count = _engines.get(key) or (Engine(base_model, options), 0)
         _engines[key] = (engine, count + 1)

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from core import AdamParams, EngineOptions, ModelNotFound, ServiceClient, clients
+from core.engine import Engine
 from core.futures import Future
 from core.request import Call
 from tests.tiny import data, flat, new_client, service_at, tiny_model_dir
@@ -113,14 +114,30 @@ def test_the_last_client_frees_the_base_model(tmp_path: Path) -> None:
     assert second.forward(data(LENGTHS), "cross_entropy").result().metrics["loss:sum"] > 0
     second.close()
     second.close()  # twice is once
-    assert [engine for engine, _ in clients._engines.values()] == [other.engine]
+    assert engine not in engines() and other.engine in engines()
     engine._thread.join(10)
     assert not engine._thread.is_alive()
     del engine, first, second
     gc.collect()
     assert model() is None
+    engine = other.engine
     other.close()
-    assert not clients._engines
+    assert engine not in engines()
+
+
+def engines() -> list[Engine]:
+    return [engine for engine, _ in clients._engines.values()]
+
+
+def test_who_asks_for_another_engine_gets_one(tmp_path: Path) -> None:
+    """And not the values of whoever came first."""
+    model = str(tiny_model_dir("llama"))
+    asked = [{}, {"token_budget": 64}, {"token_budget": 64}]
+    first, second, third = (service_at(tmp_path, **options).create_lora_training_client(model, 4).result() for options in asked)
+    assert second.engine.token_budget == 64 != first.engine.token_budget
+    assert third.engine is second.engine
+    for one in (first, second, third):
+        one.close()
 
 
 def test_a_client_that_nobody_holds_leaves_by_itself_once_its_work_is_done(tmp_path: Path) -> None:

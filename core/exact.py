@@ -75,8 +75,7 @@ class ExactAttention:
         starts = accumulate((length for _, length, _ in self.parts), initial=0)
         for start, (slot, length, position) in zip(starts, self.parts, strict=False):
             rows, end, pool = slice(start, start + length), position + length, cast(Slabs, slot.pool)
-            k, v = pool.k[layer, slot.index], pool.v[layer, slot.index]  # [kv, size, capacity], [kv, capacity, size]
-            k[:, :, position:end] = kv[rows, : heads.kv].permute(1, 2, 0)
-            v[:, position:end] = kv[rows, heads.kv :].transpose(0, 1)
-            keys, values = k[:, :, :end].permute(2, 0, 1), v[:, :end].transpose(0, 1)
+            pool.keep(layer, slot, position, kv[rows])
+            keys = pool.keys_of(layer, slot.index, end).permute(2, 0, 1)
+            values = pool.v[layer, slot.index, :, :end].transpose(0, 1)
             out[rows] = attend_blocks(q[rows], keys, values, position, scaling, heads)

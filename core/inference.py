@@ -68,7 +68,7 @@ class Decode:
         found: list[Decode | CachedRows] = []
         for pool, rows in rows_of.items():
             taken = [slots[row].index for row in rows]
-            if _natively(pool):
+            if pool.natively:
                 found.append(CachedRows(pool, torch.tensor(rows), torch.tensor(taken), positions))
                 continue
             low, high = min(taken), max(taken) + 1
@@ -88,10 +88,10 @@ class Decode:
         self.mask = mask[:, None, None]
 
     def attend(self, layer: int, qkv: torch.Tensor, scaling: float, heads: Heads, out: torch.Tensor) -> None:
-        k, v = self.pool.k[layer], self.pool.v[layer]
+        k, v, width = self.pool.k[layer], self.pool.v[layer], self.pool.width
         q, kv = qkv[:, : heads.q], qkv[:, heads.q :]
         mine = kv if self.dense else kv.index_select(0, self.rows)
-        k[self.slots, :, :, self.positions] = mine[:, : heads.kv]
+        k[self.slots, :, self.positions // width, :, self.positions % width] = mine[:, : heads.kv]
         v[self.slots, :, self.positions] = mine[:, heads.kv :]
         n = self.high - self.low
         if self.dense:
@@ -100,7 +100,7 @@ class Decode:
             spread = q.new_zeros(n, *q.shape[1:])
             spread[self.slots - self.low] = q.index_select(0, self.rows)
         batch = n * heads.kv
-        keys = k[self.low : self.high].view(batch, heads.size, -1)[:, :, : self.num_keys]
+        keys = self.pool.keys_of(layer, slice(self.low, self.high), self.num_keys).flatten(0, 1)
         values = v[self.low : self.high].view(batch, -1, heads.size)[:, : self.num_keys]
         scores = torch.bmm(spread.view(batch, heads.group, heads.size), keys)
         view = scores.view(n, heads.kv, heads.group, self.num_keys)
@@ -129,7 +129,7 @@ class Prefill:
         short: dict[Slabs, list[Prefill]] = {}
         for start, (slot, length, position) in zip(starts, parts, strict=False):
             pool, part = cast(Slabs, slot.pool), cls(slot, start, length, position)
-            if position + length <= SHORT and _natively(pool):
+            if position + length <= SHORT and pool.natively:
                 short.setdefault(pool, []).append(part)
             else:
                 found.append(part)
@@ -149,9 +149,8 @@ class Prefill:
         q, kv = qkv[:, : heads.q], qkv[:, heads.q :]
         rows, end = slice(self.start, self.start + self.length), self.position + self.length
         pool = cast(Slabs, self.slot.pool)
-        k, v = pool.k[layer, self.slot.index], pool.v[layer, self.slot.index]
-        k[:, :, self.position : end] = kv[rows, : heads.kv].permute(1, 2, 0)
-        v[:, self.position : end] = kv[rows, heads.kv :].transpose(0, 1)
+        pool.keep(layer, self.slot, self.position, kv[rows])
+        k, v = pool.keys_of(layer, self.slot.index, end), pool.v[layer, self.slot.index]
         grouped = q[rows].unflatten(1, (heads.kv, heads.group)).permute(1, 0, 2, 3)
         for start in range(0, self.length, BLOCK):
             stop = min(start + BLOCK, self.length)
@@ -161,10 +160,6 @@ class Prefill:
             weights = causal_softmax(scores, scaling, heads.group)
             attended = torch.bmm(weights, v[:, :num_keys]).view(heads.kv, stop - start, heads.group, heads.size)
             out[self.start + start : self.start + stop] = attended.transpose(0, 1).reshape(stop - start, heads.q, heads.size)
-
-
-def _natively(pool: Slabs) -> bool:
-    return pool.v.device.type == "cpu" and native.available()
 
 
 def causal_softmax(scores: torch.Tensor, scaling: float, group: int) -> torch.Tensor:

@@ -15,10 +15,12 @@ from typing import final
 
 import torch
 
+from core import native
 from core.attention import Heads
 
 SMALLEST = 64  # tokens of the smallest slots; capacities are powers of two of them
-PADDING = 16  # rows of k a power of two apart would share cache lines' places: products a third slower
+BLOCK = 16  # keys that lie together for core/native_sampling.c
+PADDING = 16  # without it: rows of k a power of two apart would share cache lines' places, products a third slower
 FIRST_TOKENS = 1024  # room of a new pool, at least one slot; it doubles when it is full
 
 
@@ -64,7 +66,10 @@ class Pool(ABC):
 
 @final
 class Slabs(Pool):
-    """k [layers, slots, kv, size, capacity + PADDING] and v [layers, slots, kv, capacity, size]: for batched products."""
+    """k [layers, slots, kv, blocks, size, width] and v [layers, slots, kv, capacity, size].
+
+    For batched products a slot's keys are one block, with padding; for core/native_sampling.c blocks of 16.
+    """
 
     def __init__(
         self, capacity: int, most: int, num_layers: int, heads: Heads, dtype: torch.dtype, device: torch.device
@@ -72,7 +77,10 @@ class Slabs(Pool):
         """`most`: slots that it can ever have. On a CPU memory is taken page by page as slots are first used."""
         super().__init__(capacity)
         room = most if device.type == "cpu" else 0
-        self.k = _zeros((num_layers, room, heads.kv, heads.size, capacity + PADDING), dtype, device)
+        self.natively = device.type == "cpu" and native.available()
+        self.width = BLOCK if self.natively else capacity + PADDING
+        blocks = capacity // BLOCK if self.natively else 1
+        self.k = _zeros((num_layers, room, heads.kv, blocks, heads.size, self.width), dtype, device)
         self.v = _zeros((num_layers, room, heads.kv, capacity, heads.size), dtype, device)
 
     def grow(self, count: int) -> None:
@@ -85,8 +93,21 @@ class Slabs(Pool):
     def copy(self, source: Slot, target: Slot, num_tokens: int) -> None:
         n, pool = num_tokens, source.pool
         assert isinstance(pool, Slabs)
-        self.k[:, target.index, :, :, :n] = pool.k[:, source.index, :, :, :n]
+        blocks, last = -(-n // self.width), min(n, self.width)
+        self.k[:, target.index, :, :blocks, :, :last] = pool.k[:, source.index, :, :blocks, :, :last]
         self.v[:, target.index, :, :n] = pool.v[:, source.index, :, :n]
+
+    def keep(self, layer: int, slot: Slot, start: int, kv: torch.Tensor) -> None:
+        """Keys and values [n, 2 * kv heads, size] of a slot's positions from `start` on."""
+        keys, values = kv.chunk(2, dim=1)
+        at = torch.arange(start, start + len(kv), device=kv.device)
+        self.k[layer, slot.index, :, at // self.width, :, at % self.width] = keys
+        self.v[layer, slot.index, :, start : start + len(kv)] = values.transpose(0, 1)
+
+    def keys_of(self, layer: int, slots: int | slice, count: int) -> torch.Tensor:
+        """The first keys [..., kv, size, count] of slots: a view where each has one block."""
+        blocks = self.k[layer, slots, :, : -(-count // self.width)].transpose(-3, -2)  # [..., kv, size, blocks, width]
+        return blocks.flatten(-2)[..., :count]
 
     def clear(self, slot: Slot) -> None:
         self.k[:, slot.index] = 0

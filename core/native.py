@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from core.attention import Heads
 
 log = logging.getLogger("cook.engine")
-NAMES = ("native_step.c", "native_sampling.c", "native.c")  # each includes the next
+NAMES = ("native_wide.c", "native_step.c", "native_sampling.c", "native.c")  # each includes the next
 SOURCES = [Path(__file__).with_name(name) for name in NAMES]
 FLAGS = (
     "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
@@ -161,10 +161,10 @@ def cached_attention(
     qkv: torch.Tensor, out: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor,
     k: torch.Tensor, v: torch.Tensor, scaling: float, heads: Heads,
 ) -> None:  # fmt: skip
-    """New rows of qkv [T, heads.total, size] put their keys and values into a layer's k [slots, kv, size, room] and
+    """New rows of qkv [T, heads.total, size] put their keys and values into a layer's k [slots, kv, room / 16, size, 16] and
     v [slots, kv, room, size] and look at all up to their positions; rows of out [T, heads.q, size]. Indices [n] int64."""
     _call("cached_attention", qkv.dtype, qkv, out, rows, slots, positions, k, v, scaling,
-          len(rows), k.shape[3], v.shape[2], heads.q, heads.kv, heads.size)  # fmt: skip
+          len(rows), v.shape[2], heads.q, heads.kv, heads.size)  # fmt: skip
 
 
 def logits_of_few(weight: torch.Tensor, h: torch.Tensor, shift: torch.Tensor) -> torch.Tensor | None:
@@ -180,3 +180,13 @@ def logits_of_few(weight: torch.Tensor, h: torch.Tensor, shift: torch.Tensor) ->
 def decode_step(dtype: torch.dtype, *values: torch.Tensor | float | int) -> None:
     """A decode step of few rows: see core/native_step.py, which makes the tables that it takes."""
     _call("decode_step", dtype, *values)
+
+
+def wide_rows() -> int:
+    """Rows that wide_step takes at most; 0 without AMX."""
+    return _library(torch.bfloat16).wide_rows() if available() else 0
+
+
+def wide_step(*values: torch.Tensor | float | int) -> None:
+    """A decode step of up to wide_rows() rows in bf16: see core/native_wide.py, which makes the tables that it takes."""
+    _call("wide_step", torch.bfloat16, *values)

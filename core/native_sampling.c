@@ -13,7 +13,10 @@
 #define COLUMNS 4  /* rows of x at once */
 #define FEW 16     /* rows of a step at most */
 #define KEYS 256   /* keys whose scores are held at once */
+#define BLOCK 16   /* keys that lie together, feature by feature */
 #define QUERIES 4  /* heads that share keys at once */
+#define WIDTH (LANES / 4)                           /* lanes of each of them at once: what registers hold */
+#define FETCHED ((LANES * (int)sizeof(T) + 31) / 32) /* lines of two features of LANES keys */
 
 typedef float lanes __attribute__((vector_size(4 * LANES)));
 typedef uint32_t lane_bits __attribute__((vector_size(4 * LANES)));
@@ -43,58 +46,73 @@ static inline __attribute__((always_inline)) float sum_of(lanes x) {
   return sum;
 }
 
-/* What attention needs to know of a layer's cache: k [slots, kv, size, room + padding], v [slots, kv, room, size]. */
+/* What attention needs to know of a layer's cache: k [slots, kv, room / BLOCK, size, BLOCK], v [slots, kv, room, size]. */
 typedef struct {
   T *k, *v;
-  long k_room, v_room, q_heads, kv_heads, size;
+  long room, q_heads, kv_heads, size;
   float scaling;
 } cache;
 
-/* scores[g][key] = scaling * q_g . k_key for `count` keys from `first` on; q [QUERIES][size] */
-static inline __attribute__((always_inline)) void score(const T *k, long room, const float *q, int queries, long size, float scaling,
-                                                        long first, long count, float scores[QUERIES][KEYS]) {
-  for (long at = 0; at < count; at += LANES) { /* the room is a multiple of LANES, with padding behind */
-    lanes sums[QUERIES];
-    for (int g = 0; g < queries; g++) sums[g] = (lanes){0};
-    for (long d = 0; d < size; d++) {
-      lanes key = load_lanes(k + d * room + first + at);
-      for (int g = 0; g < queries; g++) sums[g] += key * q[g * size + d];
+/* scores[g][key] = scaling * q_g . k_key for `count` keys from a block's first on; q [QUERIES][size]. Meanwhile `ahead`, as many
+   values, is fetched: what comes next lies too far apart for the processor to see. */
+static inline __attribute__((always_inline)) void score(const T *k, const float *q, int queries, long size, float scaling, long count,
+                                                        const T *ahead, float scores[QUERIES][KEYS]) {
+  for (long at = 0; at < count; at += LANES) { /* the room is a multiple of LANES */
+    const T *block = k + at / BLOCK * BLOCK * size + at % BLOCK;
+    lanes even[QUERIES], odd[QUERIES];
+    for (int g = 0; g < queries; g++) even[g] = odd[g] = (lanes){0};
+    for (long d = 0; d < size; d += 2) {
+      lanes first = load_lanes(block + d * BLOCK), second = load_lanes(block + d * BLOCK + BLOCK);
+      for (int g = 0; g < queries; g++) {
+        even[g] += first * q[g * size + d];
+        odd[g] += second * q[g * size + d + 1];
+      }
+      for (int line = 0; line < FETCHED; line++) __builtin_prefetch(ahead + at * size + d * LANES + line * LANES);
     }
     for (int g = 0; g < queries; g++) {
-      lanes scaled = sums[g] * scaling;
+      lanes scaled = (even[g] + odd[g]) * scaling;
       memcpy(&scores[g][at], &scaled, sizeof scaled);
     }
   }
 }
 
-/* out_g += sum over keys of weights[g][key] * v_key */
-static inline __attribute__((always_inline)) void mix(const T *v, long size, float weights[QUERIES][KEYS], int queries, long count,
-                                                      float *out) {
-  long whole = size / LANES * LANES;
-  for (long d = 0; d < whole; d += LANES) {
-    lanes sums[QUERIES];
-    for (int g = 0; g < queries; g++) sums[g] = load_floats(out + g * size + d);
-    for (long key = 0; key < count; key++) {
-      lanes value = load_lanes(v + key * size + d);
-      for (int g = 0; g < queries; g++) sums[g] += value * weights[g][key];
+/* out_g += sum over keys of weights[g][key] * v_key, for `width` lanes of every g */
+static inline __attribute__((always_inline)) void mix_lanes(const T *v, long size, float weights[QUERIES][KEYS], int queries,
+                                                            long count, int width, const T *ahead, float *out) {
+  lanes sums[WIDTH][QUERIES];
+  for (int j = 0; j < width; j++)
+    for (int g = 0; g < queries; g++) sums[j][g] = load_floats(out + g * size + j * LANES);
+  for (long key = 0; key < count; key++) {
+    for (int j = 0; j < width; j++) {
+      lanes value = load_lanes(v + key * size + j * LANES);
+      for (int g = 0; g < queries; g++) sums[j][g] += value * weights[g][key];
+      __builtin_prefetch(ahead + key * size + j * LANES);
     }
-    for (int g = 0; g < queries; g++) memcpy(out + g * size + d, &sums[g], sizeof sums[g]);
   }
-  for (long d = whole; d < size; d++)
+  for (int j = 0; j < width; j++)
+    for (int g = 0; g < queries; g++) memcpy(out + g * size + j * LANES, &sums[j][g], sizeof sums[j][g]);
+}
+
+static inline __attribute__((always_inline)) void mix(const T *v, long size, float weights[QUERIES][KEYS], int queries, long count,
+                                                      const T *ahead, float *out) {
+  long d = 0;
+  for (; d + WIDTH * LANES <= size; d += WIDTH * LANES) mix_lanes(v + d, size, weights, queries, count, WIDTH, ahead + d, out + d);
+  for (; d + LANES <= size; d += LANES) mix_lanes(v + d, size, weights, queries, count, 1, ahead + d, out + d);
+  for (; d < size; d++)
     for (int g = 0; g < queries; g++)
       for (long key = 0; key < count; key++) out[g * size + d] += load(v[key * size + d]) * weights[g][key];
 }
 
 /* `queries` heads of one row over `num_keys` keys of one head, softmax kept up block by block */
 static inline __attribute__((always_inline)) void attend_heads(const T *k, const T *v, const cache *c, const float *q, int queries,
-                                                               long num_keys, T *out) {
+                                                               long num_keys, const T *next, T *out) {
   float scores[QUERIES][KEYS], sums[QUERIES] = {0}, largest[QUERIES];
   float mixed[QUERIES * c->size];
   memset(mixed, 0, sizeof mixed);
   for (int g = 0; g < QUERIES; g++) largest[g] = -3.0e38f;
   for (long first = 0; first < num_keys; first += KEYS) {
     long count = num_keys - first < KEYS ? num_keys - first : KEYS;
-    score(k, c->k_room, q, queries, c->size, c->scaling, first, count, scores);
+    score(k + first * c->size, q, queries, c->size, c->scaling, count, v + first * c->size, scores);
     for (int g = 0; g < queries; g++) {
       float most = largest[g], sum = 0.0f;
       for (long i = 0; i < count; i++) most = scores[g][i] > most ? scores[g][i] : most;
@@ -107,44 +125,44 @@ static inline __attribute__((always_inline)) void attend_heads(const T *k, const
       sums[g] = sums[g] * kept + sum;
       largest[g] = most;
     }
-    mix(v + first * c->size, c->size, scores, queries, count, mixed);
+    mix(v + first * c->size, c->size, scores, queries, count, next + first * c->size, mixed);
   }
   for (int g = 0; g < queries; g++)
     for (long d = 0; d < c->size; d++) out[g * c->size + d] = store(mixed[g * c->size + d] / sums[g]);
 }
 
 /* The query heads of one row that share key head h look at all keys up to `position`. qkv is [q, k, v heads][size] of the row,
-   out [q heads][size]. */
+   out [q heads][size]. The keys that come next are probably those of head h + 1. */
 static void attend_row(const cache *c, const T *qkv, long slot, long position, long h, T *out) {
   long size = c->size, group = c->q_heads / c->kv_heads, head = slot * c->kv_heads + h;
-  const T *k = c->k + head * size * c->k_room, *v = c->v + head * c->v_room * size;
+  const T *k = c->k + head * size * c->room, *v = c->v + head * c->room * size, *next = k + size * c->room;
   for (long g = 0; g < group; g += QUERIES) {
     const T *given = qkv + (h * group + g) * size;
     T *to = out + (h * group + g) * size;
     int queries = group - g < QUERIES ? (int)(group - g) : QUERIES;
     float q[QUERIES * size];
     for (long i = 0; i < queries * size; i++) q[i] = load(given[i]);
-    if (queries == 4) attend_heads(k, v, c, q, 4, position + 1, to);
-    else if (queries == 3) attend_heads(k, v, c, q, 3, position + 1, to);
-    else if (queries == 2) attend_heads(k, v, c, q, 2, position + 1, to);
-    else attend_heads(k, v, c, q, 1, position + 1, to);
+    if (queries == 4) attend_heads(k, v, c, q, 4, position + 1, next, to);
+    else if (queries == 3) attend_heads(k, v, c, q, 3, position + 1, next, to);
+    else if (queries == 2) attend_heads(k, v, c, q, 2, position + 1, next, to);
+    else attend_heads(k, v, c, q, 1, position + 1, next, to);
   }
 }
 
 /* The row's key and value of head h go into its slot. */
 static void keep_row(const cache *c, const T *qkv, long slot, long position, long h) {
   long size = c->size, head = slot * c->kv_heads + h;
-  T *k = c->k + head * size * c->k_room, *v = c->v + head * c->v_room * size;
+  T *k = c->k + head * size * c->room, *v = c->v + head * c->room * size;
   const T *new_k = qkv + (c->q_heads + h) * size, *new_v = new_k + c->kv_heads * size;
-  for (long d = 0; d < size; d++) k[d * c->k_room + position] = new_k[d];
+  for (long d = 0; d < size; d++) k[(position / BLOCK * size + d) * BLOCK + position % BLOCK] = new_k[d];
   memcpy(v + position * size, new_v, size * sizeof(T));
 }
 
 /* Rows `rows` of qkv [T, heads, size] and of out [T, q heads, size], whose sequences lie in `slots` and are at `positions`: their
    keys and values are kept, then they look at their past. */
 void cached_attention(const T *qkv, T *out, const int64_t *rows, const int64_t *slots, const int64_t *positions, T *k, T *v,
-                      float scaling, long n, long k_room, long v_room, long q_heads, long kv_heads, long size) {
-  cache c = {k, v, k_room, v_room, q_heads, kv_heads, size, scaling};
+                      float scaling, long n, long room, long q_heads, long kv_heads, long size) {
+  cache c = {k, v, room, q_heads, kv_heads, size, scaling};
   #pragma omp parallel if (n > 1)
   {
     #pragma omp for schedule(static)

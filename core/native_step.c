@@ -17,7 +17,7 @@ typedef struct {
 
 enum { ATTENTION_NORM, QKV, QKV_BIAS, Q_NORM, K_NORM, OUTPUT, OUTPUT_BIAS, MLP_NORM, GATE_UP, GATE_UP_BIAS, DOWN, DOWN_BIAS, OF_LAYER };
 enum { A_QKV, B_Q, B_K, B_V, A_OUTPUT, B_OUTPUT, A_GATE_UP, B_GATE, B_UP, A_DOWN, B_DOWN, OF_ADAPTER };
-enum { K_AT, V_AT, K_LAYER, V_LAYER, K_ROOM, V_ROOM, OF_PLACE };
+enum { K_AT, V_AT, OF_A_LAYER, ROOM, OF_PLACE };
 
 static inline const void *of_layer(const step *s, long layer, int which) { return (const void *)s->layers[layer * OF_LAYER + which]; }
 
@@ -154,13 +154,13 @@ static void turn_head(const step *s, T *head, const float *weight, const T *cosi
 static void attention_of(const step *s, long layer) {
   const float *q_norm = of_layer(s, layer, Q_NORM), *k_norm = of_layer(s, layer, K_NORM);
   long heads = s->q_heads + 2 * s->kv_heads, group = s->q_heads / s->kv_heads, half = s->size / 2;
-  #pragma omp for schedule(dynamic, 1)
+  #pragma omp for schedule(static)
   for (long i = 0; i < s->n * s->kv_heads; i++) {
     long t = i / s->kv_heads, h = i % s->kv_heads;
     const int64_t *place = s->places + t * OF_PLACE;
     T *qkv = s->qkv + t * heads * s->size;
-    cache c = {(T *)place[K_AT] + layer * place[K_LAYER], (T *)place[V_AT] + layer * place[V_LAYER], place[K_ROOM],
-               place[V_ROOM], s->q_heads, s->kv_heads, s->size, s->scaling};
+    cache c = {(T *)place[K_AT] + layer * place[OF_A_LAYER], (T *)place[V_AT] + layer * place[OF_A_LAYER], place[ROOM],
+               s->q_heads, s->kv_heads, s->size, s->scaling};
     for (long g = h * group; g < (h + 1) * group; g++)
       turn_head(s, qkv + g * s->size, q_norm, s->cosine + t * half, s->sine + t * half);
     turn_head(s, qkv + (s->q_heads + h) * s->size, k_norm, s->cosine + t * half, s->sine + t * half);

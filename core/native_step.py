@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from core import native
 from core.decoder import Decoder
-from core.fused import Layer
+from core.fused import Layer, Linear
 from core.kv_cache import Slabs, Slot
 from core.lora import ComputeCopies, Weights
 
@@ -23,7 +23,7 @@ class FewRows:
 
     def __init__(self, decoder: Decoder, copies: ComputeCopies) -> None:
         self.decoder, self.copies, self.most = decoder, copies, native.FEW[decoder.dtype]
-        self.layers = torch.tensor([_of_layer(layer) for layer in decoder.layers])
+        self.layers = of_layers(decoder)
 
     @staticmethod
     def available(decoder: Decoder) -> bool:
@@ -36,6 +36,9 @@ class FewRows:
         """Of one row for each slot."""
         return FewStep(self, slots, owners)
 
+    def forget(self) -> None:
+        """Nobody is being sampled from."""
+
 
 class FewStep:
     """The rows of a batch that stays the same for several steps."""
@@ -45,7 +48,7 @@ class FewStep:
         first = decoder.layers[0]
         self.few, n = few, len(slots)
         self.d, self.width = first.qkv.weight.shape[1], first.down.weight.shape[1]
-        self.places = torch.tensor([_place(slot) for slot in slots])
+        self.places = torch.tensor([place_of(slot) for slot in slots])
         adapters = list({weights.key: weights for weights in owners if weights.geometry.sites}.values())
         number = {weights.key: i for i, weights in enumerate(adapters)}
         self.adapter_of = torch.tensor([number.get(weights.key, -1) for weights in owners])
@@ -76,6 +79,16 @@ class FewStep:
         return x
 
 
+def of_layers(decoder: Decoder) -> torch.Tensor:
+    """[layers, OF_LAYER] addresses."""
+    return torch.tensor([_of_layer(layer) for layer in decoder.layers])
+
+
+def matrices_of(layer: Layer) -> list[tuple[Linear, int]]:
+    """The sites of a layer, in the order of native_step.c, and of how many matrices each is."""
+    return [(layer.qkv, 3), (layer.output, 1), (layer.gate_up, 2), (layer.down, 1)]
+
+
 def _of_layer(layer: Layer) -> list[int]:
     """In the order of native_step.c's OF_LAYER; 0: there is none."""
     linear = (layer.qkv, layer.output, layer.gate_up, layer.down)
@@ -87,18 +100,18 @@ def _of_layer(layer: Layer) -> list[int]:
 def _of_adapter(layer: Layer, weights: Weights, copy: torch.Tensor) -> list[int]:
     """In the order of OF_ADAPTER: each site's A's as one address, then each B's."""
     found = []
-    for linear, matrices in ((layer.qkv, 3), (layer.output, 1), (layer.gate_up, 2), (layer.down, 1)):
+    for linear, matrices in matrices_of(layer):
         rows = weights.geometry.sites.get(linear.site)
         found += [0] * (1 + matrices) if rows is None else [_address(copy[part]) for part in (rows.a, *rows.b)]
     return found
 
 
-def _place(slot: Slot) -> list[int]:
-    """In the order of OF_PLACE: the slot in layer 0, and how far apart layers are, in values."""
+def place_of(slot: Slot) -> list[int]:
+    """In the order of OF_PLACE: the slot in layer 0, how far apart layers are, in values, and the room of a slot."""
     pool = slot.pool
     assert isinstance(pool, Slabs)
     k, v = pool.k, pool.v
-    return [_address(k[0, slot.index]), _address(v[0, slot.index]), k.stride(0), v.stride(0), k.shape[4], v.shape[3]]
+    return [_address(k[0, slot.index]), _address(v[0, slot.index]), v.stride(0), pool.capacity]
 
 
 def _address(tensor: torch.Tensor | None) -> int:

@@ -25,7 +25,8 @@ from core.head import UNEMBED
 from core.inference import Attention, CachedRows, Decode, Prefill, run
 from core.kv_cache import KvCache, Pool, Slabs
 from core.lora import ComputeCopies, Segment, Weights, add_lora
-from core.native_step import FewRows, FewStep
+from core.native_step import FewStep
+from core.native_wide import WideStep, fast_rows
 from core.packing import bins, make_segment
 from core.paged import PAGE, PagedPrefill, Pages, page_table
 from core.request import Continuation, SampleRequest
@@ -61,7 +62,7 @@ class Sampler:
         self._filling: list[Continuation] = []
         self._running: list[Continuation] = []
         self._batch: Batch | Ahead | None = None
-        self.few = FewRows(decoder, copies) if not paged and FewRows.available(decoder) else None
+        self.few = None if paged else fast_rows(decoder, copies)
         self._stacks = Stacks(copies, stay=self.pages is not None)
         self._alive: weakref.WeakValueDictionary[Hashable, Weights] = weakref.WeakValueDictionary()
 
@@ -99,6 +100,8 @@ class Sampler:
         self._drop_ended()
         if not self.busy:
             self._stacks.clear()
+            if self.few is not None:
+                self.few.forget()
 
     # ---- coming and going
 
@@ -335,7 +338,7 @@ class Batch:
     choice: Choice
     shift: torch.Tensor  # [n] fp32
     fresh: list[int]  # rows without a shift
-    few: FewStep | None  # what computes the stream then, without `parts`
+    few: FewStep | WideStep | None  # what computes the stream then, without `parts`
 
     def stream(self, decoder: Decoder) -> torch.Tensor:
         """The residual stream after the last layer, [n, d] fp32."""

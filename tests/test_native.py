@@ -142,17 +142,17 @@ def test_without_a_compiler_the_numbers_are_the_same(tmp_path: Path) -> None:
 def test_rows_look_at_their_cached_past(size: int, group: int, kv: int, dtype: torch.dtype) -> None:
     """Three sequences of one row each, one of them longer than a block of keys, in slots and rows of any order."""
     heads, room, scaling = Heads(kv * group, kv, size), 640, size**-0.5
-    k, v = random(5, kv, size, room + 16, dtype=dtype), random(5, kv, room, size, dtype=dtype)
+    k, v = random(5, kv, room // 16, size, 16, dtype=dtype), random(5, kv, room, size, dtype=dtype)
     qkv, out = random(6, heads.total, size, dtype=dtype), torch.zeros(6, heads.q, size, dtype=dtype)
     rows, slots, positions = torch.tensor([4, 0, 3]), torch.tensor([1, 4, 2]), torch.tensor([0, 600, 17])
     native.cached_attention(qkv, out, rows, slots, positions, k, v, scaling, heads)
     q, new_k, new_v = qkv.split([heads.q, kv, kv], dim=1)
     for row, slot, position in zip(rows, slots, positions, strict=True):
-        assert torch.equal(k[slot, :, :, position], new_k[row])
-        assert torch.equal(v[slot, :, position], new_v[row])
-        keys, values = k[slot, :, :, : position + 1].float(), v[slot, :, : position + 1].float()
-        weights = torch.softmax(q[row].view(kv, group, size).float() @ keys * scaling, dim=-1)
-        assert_rounded(out[row], (weights @ values).view(heads.q, size))
+        keys, values = k[slot].transpose(1, 2).flatten(2)[..., : position + 1], v[slot, :, : position + 1]
+        assert torch.equal(keys[..., -1], new_k[row])
+        assert torch.equal(values[:, -1], new_v[row])
+        weights = torch.softmax(q[row].view(kv, group, size).float() @ keys.float() * scaling, dim=-1)
+        assert_rounded(out[row], (weights @ values.float()).view(heads.q, size))
     assert not out[[1, 2, 5]].any()
 
 

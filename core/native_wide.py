@@ -1,0 +1,133 @@
+"""Decode steps of up to 256 rows on a CPU with AMX as one call of core/native_wide.c, as core/native_step.py without.
+
+An adapter's factors are laid out anew once, for as long as it is sampled from: ranks padded to a multiple of 32 with zeros,
+A's transposed, so that both are read as weights are.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from core import native
+from core.decoder import Decoder
+from core.fused import Layer
+from core.kv_cache import Slot
+from core.lora import ComputeCopies, Weights
+from core.native_step import FewRows, matrices_of, of_layers, place_of
+
+KEPT = 16  # adapters laid out at most, unless a step has more
+
+
+def fast_rows(decoder: Decoder, copies: ComputeCopies) -> WideRows | FewRows | None:
+    """Steps in C where this machine has them."""
+    if not FewRows.available(decoder):
+        return None
+    return WideRows(decoder, copies) if WideRows.available(decoder) else FewRows(decoder, copies)
+
+
+class WideRows:
+    """Steps of one decoder."""
+
+    def __init__(self, decoder: Decoder, copies: ComputeCopies) -> None:
+        self.decoder, self.copies, self.most = decoder, copies, wide_rows()
+        self.layers = of_layers(decoder)
+        self._factors: dict[Hashable, Factors] = {}
+
+    @staticmethod
+    def available(decoder: Decoder) -> bool:
+        """For a decoder that core/native_step.py takes."""
+        heads, first = decoder.heads, decoder.layers[0]
+        widths = first.qkv.weight.shape[1], heads.q * heads.size, first.down.weight.shape[1]
+        whole = all(width % 32 == 0 for width in widths) and heads.kv * heads.size % 16 == 0
+        return decoder.dtype == torch.bfloat16 and whole and wide_rows() > 0
+
+    def step(self, slots: Sequence[Slot], owners: Sequence[Weights]) -> WideStep:
+        """Of one row for each slot; an adapter's rows are neighbours."""
+        return WideStep(self, slots, owners)
+
+    def factors(self, adapters: Sequence[Weights]) -> list[Factors]:
+        """Of these adapters; older ones go."""
+        for weights in adapters:
+            made = self._factors.pop(weights.key, None)
+            self._factors[weights.key] = made or Factors(self.decoder, weights, self.copies.get([weights]))
+        while len(self._factors) > max(KEPT, len(adapters)):
+            del self._factors[next(iter(self._factors))]
+        return [self._factors[weights.key] for weights in adapters]
+
+    def forget(self) -> None:
+        """Nobody is being sampled from."""
+        self._factors.clear()
+
+
+@functools.cache
+def wide_rows() -> int:
+    return native.wide_rows()
+
+
+class Factors:
+    """One adapter's, in the order of native_step.c's OF_ADAPTER: each site's A's [matrices, rank, d_in], then each B [d_out, rank]."""
+
+    def __init__(self, decoder: Decoder, weights: Weights, copy: torch.Tensor) -> None:
+        self.rank = -(-weights.config.rank // 32) * 32
+        self.kept: list[torch.Tensor] = []
+        self.addresses = torch.tensor([self._of_layer(layer, weights, copy) for layer in decoder.layers], dtype=torch.int64)
+
+    def _of_layer(self, layer: Layer, weights: Weights, copy: torch.Tensor) -> list[int]:
+        found: list[int] = []
+        spare = self.rank - weights.config.rank
+        for linear, matrices in matrices_of(layer):
+            rows = weights.geometry.sites.get(linear.site)
+            if rows is None:
+                found += [0] * (1 + matrices)
+                continue
+            a = copy[rows.a].view(linear.weight.shape[1], matrices, -1).permute(1, 2, 0)
+            factors = [F.pad(a, (0, 0, 0, spare)).contiguous(), *(F.pad(copy[part], (0, spare)) for part in rows.b)]
+            self.kept += factors
+            found += [factor.data_ptr() for factor in factors]
+        return found
+
+
+class WideStep:
+    """The rows of a batch that stays the same for several steps."""
+
+    def __init__(self, wide: WideRows, slots: Sequence[Slot], owners: Sequence[Weights]) -> None:
+        decoder, heads = wide.decoder, wide.decoder.heads
+        first = decoder.layers[0]
+        self.wide, columns = wide, -(-len(slots) // 16) * 16
+        self.d, self.width = first.qkv.weight.shape[1], first.down.weight.shape[1]
+        self.places = torch.tensor([place_of(slot) for slot in slots])
+        spans: dict[Hashable, tuple[Weights, int, int]] = {}  # low, high of each adapter
+        for row, weights in enumerate(owners):
+            if weights.geometry.sites:
+                spans[weights.key] = (weights, spans.get(weights.key, (weights, row, row))[1], row + 1)
+        adapters = [weights for weights, _, _ in spans.values()]
+        self.factors = wide.factors(adapters)
+        table = [factors.addresses for factors in self.factors]
+        self.addresses = torch.stack(table) if table else torch.empty(0, dtype=torch.int64)
+        self.ranks = torch.tensor([factors.rank for factors in self.factors], dtype=torch.int64)
+        self.low, self.high = (torch.tensor([span[i] for span in spans.values()], dtype=torch.int64) for i in (1, 2))
+        self.scales = torch.tensor([weights.scale for weights in adapters])
+        self.most_rank = max((factors.rank for factors in self.factors), default=0)
+        self.stream = torch.empty(self.d, columns)
+        self.qkv = torch.empty(heads.total * heads.size, columns, dtype=decoder.dtype)
+        self.h = torch.empty(max(self.d, heads.q * heads.size), columns, dtype=decoder.dtype)
+        self.between = torch.empty(self.width, columns, dtype=decoder.dtype)
+        self.u = torch.empty(len(adapters) * 3 * self.most_rank, columns, dtype=decoder.dtype)
+
+    def run(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The residual stream after the last layer for tokens [n] at positions [n]: [n, d] fp32."""
+        decoder = self.wide.decoder
+        x = F.embedding(tokens, decoder.embedding).float()
+        cosine, sine = decoder.rotary_tables(x, positions)
+        heads, first = decoder.heads, decoder.layers[0]
+        native.wide_step(
+            self.wide.layers, self.places, positions, self.addresses, self.ranks, self.low, self.high, self.scales,
+            cosine, sine, x, self.stream, self.qkv, self.h, self.between, self.u,
+            len(x), self.d, heads.q, heads.kv, heads.size, self.width, len(decoder.layers), len(self.factors), self.most_rank,
+            first.attention_norm.eps, first.q_norm.eps if first.q_norm is not None else 0.0, float(decoder.scaling),
+        )  # fmt: skip
+        return x

@@ -170,7 +170,7 @@ def cached_attention(
 def logits_of_few(weight: torch.Tensor, h: torch.Tensor, shift: torch.Tensor) -> torch.Tensor | None:
     """weight h^T - shift as [V, n], rounded once; None where products by torch are the better way."""
     n, d = h.shape
-    if h.device.type != "cpu" or n > FEW[h.dtype] or not available():
+    if h.device.type != "cpu" or n > FEW[h.dtype] or not available() or (h.dtype == torch.bfloat16 and wide_rows()):
         return None
     out = h.new_empty(len(weight), n)
     _call("few_logits", h.dtype, weight, h.float().contiguous(), shift.float().contiguous(), out, n, d, len(weight))
@@ -182,6 +182,7 @@ def decode_step(dtype: torch.dtype, *values: torch.Tensor | float | int) -> None
     _call("decode_step", dtype, *values)
 
 
+@functools.cache
 def wide_rows() -> int:
     """Rows that wide_step takes at most; 0 without AMX."""
     return _library(torch.bfloat16).wide_rows() if available() else 0

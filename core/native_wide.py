@@ -6,7 +6,6 @@ A's transposed, so that both are read as weights are.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Hashable, Sequence
 
 import torch
@@ -33,7 +32,7 @@ class WideRows:
     """Steps of one decoder."""
 
     def __init__(self, decoder: Decoder, copies: ComputeCopies) -> None:
-        self.decoder, self.copies, self.most = decoder, copies, wide_rows()
+        self.decoder, self.copies, self.most = decoder, copies, native.wide_rows()
         self.layers = of_layers(decoder)
         self._factors: dict[Hashable, Factors] = {}
 
@@ -43,7 +42,7 @@ class WideRows:
         heads, first = decoder.heads, decoder.layers[0]
         widths = first.qkv.weight.shape[1], heads.q * heads.size, first.down.weight.shape[1]
         whole = all(width % 32 == 0 for width in widths) and heads.kv * heads.size % 16 == 0
-        return decoder.dtype == torch.bfloat16 and whole and wide_rows() > 0
+        return decoder.dtype == torch.bfloat16 and whole and native.wide_rows() > 0
 
     def step(self, slots: Sequence[Slot], owners: Sequence[Weights]) -> WideStep:
         """Of one row for each slot; an adapter's rows are neighbours."""
@@ -61,11 +60,6 @@ class WideRows:
     def forget(self) -> None:
         """Nobody is being sampled from."""
         self._factors.clear()
-
-
-@functools.cache
-def wide_rows() -> int:
-    return native.wide_rows()
 
 
 class Factors:

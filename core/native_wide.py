@@ -63,7 +63,7 @@ class WideRows:
 
 
 class Factors:
-    """One adapter's, in the order of native_step.c's OF_ADAPTER: each site's A's [matrices, rank, d_in], then each B [d_out, rank]."""
+    """One adapter's in the order of native_step.c's OF_ADAPTER: a site's A's [matrices, rank, d_in], each B [d_out, rank]."""
 
     def __init__(self, decoder: Decoder, weights: Weights, copy: torch.Tensor) -> None:
         self.rank = -(-weights.config.rank // 32) * 32

@@ -22,10 +22,12 @@ from core.inference import Decode, run
 from core.kv_cache import Slabs
 from core.lora import ComputeCopies, Geometry, Weights, add_lora
 from core.native_step import FewRows
+from core.native_wide import WideRows
 from core.packing import make_segment
 from tests.tiny import KINDS, tiny_model, tiny_model_dir
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C compiler for this processor, or another OpenMP")
+needs_tiles = pytest.mark.skipif(not (native.available() and native.wide_rows()), reason="this processor has no AMX")
 DTYPES = {torch.float32: 3e-6, torch.bfloat16: 2**-8}  # rounding of one value, relative
 ROWS, WIDTH = 37, 50  # no multiples of a vector
 
@@ -161,33 +163,56 @@ def test_rows_look_at_their_cached_past(size: int, group: int, kv: int, dtype: t
 def test_a_step_of_few_rows_is_one_of_many(kind: str, count: int, dtype: torch.dtype) -> None:
     model: Any = tiny_model(kind)
     decoder = Decoder(model.to(dtype), dtype, torch.device("cpu"))
-    pools = [Slabs(64 << i, 4, len(decoder.layers), decoder.heads, dtype, decoder.device) for i in range(2)]
+    assert_like_products(decoder, FewRows(decoder, ComputeCopies(dtype)), owners_of(decoder, count))
+
+
+@needs_tiles
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("count", "each"), [(1, 1), (3, 1), (40, 1), (40, 6), (100, 50)])
+def test_a_step_with_tiles_is_one_without(kind: str, count: int, each: int) -> None:
+    """Adapters of `each` rows, whose borders are not those of the tiles."""
+    model: Any = tiny_model(kind, intermediate_size=64)  # whole tiles
+    decoder = Decoder(model.to(torch.bfloat16), torch.bfloat16, torch.device("cpu"))
+    assert WideRows.available(decoder)
+    owners = [weights for weights in owners_of(decoder, -(-count // each)) for _ in range(each)][:count]
+    assert_like_products(decoder, WideRows(decoder, ComputeCopies(torch.bfloat16)), owners)
+
+
+def owners_of(decoder: Decoder, count: int) -> list[Weights]:
+    return sorted((adapter(decoder, i) for i in range(count)), key=lambda weights: (weights.config.rank, weights.key))
+
+
+def assert_like_products(decoder: Decoder, rows: FewRows | WideRows, owners: list[Weights]) -> None:
+    """A step gives what torch's products give, for sequences in slots of two sizes."""
+    dtype, count = decoder.dtype, len(owners)
+    pools = [Slabs(64 << i, count, len(decoder.layers), decoder.heads, dtype, decoder.device) for i in range(2)]
     for pool in pools:
-        pool.grow(4)
+        pool.grow(count)
         pool.k.copy_(random(*pool.k.shape, dtype=dtype))
         pool.v.copy_(random(*pool.v.shape, dtype=dtype))
     slots = [pools[i % 2].slots[i // 2] for i in range(count)]
-    owners = sorted((adapter(decoder, i) for i in range(count)), key=lambda weights: (weights.config.rank, weights.key))
-    tokens, positions = torch.arange(count) + 5, 7 * torch.arange(count)
-    copies = ComputeCopies(dtype)
-    found = FewRows(decoder, copies).step(slots, owners).run(tokens, positions)
+    tokens, positions = torch.arange(count) + 5, 7 * torch.arange(count) % 60
+    found = rows.step(slots, owners).run(tokens, positions)
     parts = Decode.of(slots, positions)
     for part in parts:
         part.ready(dtype)
-    segments = [make_segment(i, i + 1, [w], [(w, 0, 1)], copies, with_grad=False) for i, w in enumerate(owners)]
+    segments = [make_segment(i, i + 1, [w], [(w, 0, 1)], rows.copies, with_grad=False) for i, w in enumerate(owners)]
     with torch.no_grad():
         expected = run(decoder, tokens, positions, partial(add_lora, segments=segments), parts)
     limit = 1e-5 if dtype == torch.float32 else 0.02  # where a rounding went the other way
     assert (found - expected).norm() < limit * expected.norm()
 
 
-def test_an_overflowing_adapter_spoils_only_its_own_row_of_few() -> None:
-    decoder = Decoder(tiny_model(), torch.float32, torch.device("cpu"))
-    pool = Slabs(64, 4, len(decoder.layers), decoder.heads, torch.float32, decoder.device)
+@pytest.mark.parametrize("kind", [FewRows, pytest.param(WideRows, marks=needs_tiles)])
+def test_an_overflowing_adapter_spoils_only_its_own_row(kind: type[FewRows | WideRows]) -> None:
+    dtype = torch.float32 if kind is FewRows else torch.bfloat16
+    model: Any = tiny_model(intermediate_size=64)
+    decoder = Decoder(model.to(dtype), dtype, torch.device("cpu"))
+    pool = Slabs(64, 4, len(decoder.layers), decoder.heads, dtype, decoder.device)
     pool.grow(3)
     owners = [adapter(decoder, i) for i in (1, 4, 5)]
     owners[1].params.fill_(1e30)
-    step = FewRows(decoder, ComputeCopies(torch.float32)).step(pool.slots[:3], owners)
+    step = kind(decoder, ComputeCopies(dtype)).step(pool.slots[:3], owners)
     x = step.run(torch.tensor([1, 2, 3]), torch.zeros(3, dtype=torch.int64))
     assert torch.isfinite(x[[0, 2]]).all()
     assert not torch.isfinite(x[1]).any()

@@ -48,12 +48,12 @@ def tiny_model_dir(kind: str = "llama") -> Path:
     return directory
 
 
-def tiny_model(kind: str = "llama"):
+def tiny_model(kind: str = "llama", intermediate_size: int = 56):
     """2 layers, hidden 32, 4 query and 2 key-value heads; norm weights and biases are not trivial."""
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     sizes = {
-        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2,
+        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": intermediate_size, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT,
         "tie_word_embeddings": kind == "llama-tied",
         "bos_token_id": None, "eos_token_id": VOCAB - 1, "pad_token_id": VOCAB - 3,

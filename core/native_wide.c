@@ -96,6 +96,7 @@ static void adapter_products(const wide *w, long layer, int a, int number, long 
       long rank = w->padded[at];
       for (long k = 0; b && k < rank; k += 32) {
         _tile_loadd(4, b + row * rank + k, rank * sizeof(T));
+        for (long r = 16; r < 32; r++) __builtin_prefetch(b + (row + r) * rank + k);
         _tile_loadd(6, w->u + ((at * 3 + number) * w->most + k) / 32 * w->blocks * TILE + c * TILE, 64);
         _tile_dpbf16ps(0, 4, 6);
       }

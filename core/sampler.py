@@ -161,10 +161,11 @@ class Sampler:
     # ---- prompts
 
     def _prefill(self) -> None:
-        """The next tokens of the prompts being computed, as many as a pass takes."""
+        """The next tokens of the prompts being computed, as many as a pass takes: few adapters each, the oldest prompt's first."""
         chosen: list[tuple[Continuation, int, int]] = []  # sequence, from, to
         room = PREFILL_ROWS[self.decoder.device.type]
-        for sequence in self._filling:
+        place: dict[Hashable, int] = {}
+        for sequence in sorted(self._filling, key=lambda s: place.setdefault(s.request.weights.key, len(place))):
             assert sequence.slot is not None
             start, end = len(sequence.slot.tokens), len(sequence.request.prompt) - 1
             stop = min(end, start + room)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from core.head import UNEMBED
-from core.lora import ComputeCopies, Weights
+from core.lora import ComputeCopies, SiteRows, Weights
 
 BLOCK_RANK = 128  # up to here the B's of a site are one block-diagonal factor: one product instead of several
 MOST_SPARE = 4  # stacks that nobody uses, kept for others of their kind
@@ -66,27 +66,41 @@ class Stack:
     def _fill(self, members: Sequence[Weights]) -> None:
         self.members = list(members)
         self.place = {weights.key: i for i, weights in enumerate(members)}
-        self.sites = {}
-        rank = self.rank
-        factors = [self.copies.get([weights]) for weights in members]
-        for name, rows in members[0].geometry.sites.items():
-            a = [f[rows.a].view(rows.site.d_in, -1, rank) for f in factors]  # [d_in, m, R]
-            if name == UNEMBED:
-                self.unembed = torch.cat(a, dim=2).squeeze(1), torch.cat([f[rows.b[0]] for f in factors], dim=1)
-                continue
-            if self.concat:
-                wide, joined = len(members) * rank, torch.cat(a, dim=2).view(rows.site.d_in, -1)
-                bs = [torch.cat([f[b].T for f in factors]) for b in rows.b]
-            else:
-                wide, joined = rank, torch.stack([one.reshape(rows.site.d_in, -1) for one in a])
-                bs = [torch.stack([f[b].T for f in factors]) for b in rows.b]
-            spans = [(slice(i * wide, (i + 1) * wide), out) for i, out in enumerate(rows.out)]
-            if len(bs) > 1 and len(bs) * wide <= BLOCK_RANK:
-                block = bs[0].new_zeros(*bs[0].shape[:-2], len(bs) * wide, rows.site.d_out)
-                for b, (inner, out) in zip(bs, spans, strict=True):
-                    block[..., inner, out] = b
-                bs, spans = [block], [(slice(0, len(spans) * wide), slice(0, rows.site.d_out))]
-            self.sites[name] = StackedSite(joined, [(b, *span) for b, span in zip(bs, spans, strict=True)])
+        self.sites, self.unembed = {}, None
+        rows = members[0].geometry.sites.get(UNEMBED)
+        if rows is not None:
+            factors, a = self._factors(rows)
+            self.unembed = torch.cat(a, dim=2).squeeze(1), torch.cat([f[rows.b[0]] for f in factors], dim=1)
+        for name in members[0].geometry.sites if self.stays else ():
+            self.site(name)
+
+    def _factors(self, rows: SiteRows) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The members' factors, and the A's of a site among them, each [d_in, m, R]."""
+        factors = [self.copies.get([weights]) for weights in self.members]
+        return factors, [f[rows.a].view(rows.site.d_in, -1, self.rank) for f in factors]
+
+    def site(self, name: str) -> StackedSite | None:
+        """Of a layer, made when it is first asked for; None: it is not adapted."""
+        rows = self.members[0].geometry.sites.get(name)
+        if rows is not None and name != UNEMBED and name not in self.sites:
+            self.sites[name] = self._stacked(rows)
+        return self.sites.get(name)
+
+    def _stacked(self, rows: SiteRows) -> StackedSite:
+        factors, a = self._factors(rows)
+        if self.concat:
+            wide, joined = len(factors) * self.rank, torch.cat(a, dim=2).view(rows.site.d_in, -1)
+            bs = [torch.cat([f[b].T for f in factors]) for b in rows.b]
+        else:
+            wide, joined = self.rank, torch.stack([one.reshape(rows.site.d_in, -1) for one in a])
+            bs = [torch.stack([f[b].T for f in factors]) for b in rows.b]
+        spans = [(slice(i * wide, (i + 1) * wide), out) for i, out in enumerate(rows.out)]
+        if len(bs) > 1 and len(bs) * wide <= BLOCK_RANK:
+            block = bs[0].new_zeros(*bs[0].shape[:-2], len(bs) * wide, rows.site.d_out)
+            for b, (inner, out) in zip(bs, spans, strict=True):
+                block[..., inner, out] = b
+            bs, spans = [block], [(slice(0, len(spans) * wide), slice(0, rows.site.d_out))]
+        return StackedSite(joined, [(b, *span) for b, span in zip(bs, spans, strict=True)])
 
 
 class StackedRows:
@@ -115,7 +129,7 @@ class StackedRows:
 
     def add(self, x: torch.Tensor, y: torch.Tensor, name: str) -> None:
         """y [T, d_out] += s (x A^T) B^T for these rows."""
-        site = self.stack.sites.get(name)
+        site = self.stack.site(name)
         if site is None:
             return
         x, y = x[self.rows], y[self.rows]

@@ -116,8 +116,9 @@ static void wide_down(const wide *w, long layer, int which, int count, const T *
     if (!a || first >= rank) continue;
     float sums[32 * columns];
     long from = w->low[at] / 16, to = (w->high[at] + 15) / 16;
-    const T *rows = a + (number * rank + first) * d_in;
-    tile_products(rows, rows + 16 * d_in, d_in, h, d_in, blocks, from, to, 32 * d_in, sums);
+    const T *rows = a + (number * rank + first) * d_in, *next = rows + 32 * d_in;
+    if (next == a + count * rank * d_in && at + 1 < w->num_adapters) next = factor(w->s, at + 1, layer, which);
+    tile_products(rows, rows + 16 * d_in, d_in, h, d_in, blocks, from, to, next ? next - rows : 0, sums);
     __m512 scale = _mm512_set1_ps(w->s->scales[at]);
     for (long c = from; c < to; c++) {
       long low = w->low[at] - c * 16, high = w->high[at] - c * 16;

@@ -31,7 +31,7 @@ from bench.sft import RESULTS
 from bench.shapes import random_model
 
 CLIENTS, STEPS, ROW_TOKENS = 8, 12, 64
-BATCHES = ((4, 64), (16, 256))  # rows and tokens each of a training client's step
+BATCHES = ((4, 64), (16, 256), (32, 256))  # rows and tokens each of a training client's step
 FLOOD_ROWS, SMALL_CALLS = 16, 24
 
 

@@ -20,7 +20,7 @@ from core.lora import Adapter
 from core.packing import Item, cut
 from core.request import Call, PassRequest
 
-EXPRESS = 4  # requests of at most a 4th of the budget do not wait for the rows of larger ones
+EXPRESS = 4  # requests of at most a 4th of the budget share no rows with larger ones: neither waits for the other to be done
 
 
 @dataclass(eq=False)  # two idle tenants are still two
@@ -128,8 +128,6 @@ class Passes:
         rows = {number: progress.rows for number, progress in self.progress.items()}
         standing = {number: (self._tenants[number].served, rows[number]) for number in rows}
         small = [number for number in rows if rows[number] * EXPRESS <= token_budget]
-        if sum(rows.values()) <= token_budget:
-            small = []
         batches: list[tuple[float, int, list[Item]]] = []
         for train in (True, False):
             mine = [number for number in rows if self.progress[number].request.train is train]

@@ -1,9 +1,17 @@
 """What all tests share."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collected() -> Iterator[None]:
+    """Clients that hold themselves in a circle of references leave their engine before the next file's tests."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

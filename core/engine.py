@@ -36,6 +36,7 @@ from core.sampler import Sampler
 from core.sampling import top_logprobs
 
 IDLE_SECONDS = 600.0  # after which an adapter leaves a GPU
+LINGER = 0.02  # of a micro-batch's time: how long the next one waits for a further client's request
 CALLS_PER_ROUND = 8  # of one client, between two micro-batches of others
 log = logging.getLogger("cook.engine")
 PromptLogprobs = tuple[list[float | None], list[list[tuple[int, float]] | None] | None]
@@ -62,6 +63,7 @@ class Engine:
         self._geometries: dict[tuple[bool, bool, bool], Geometry] = {}
         self._tenants: list[Tenant] = []
         self._passes = Passes()
+        self.micro_batch_seconds = 0.0  # of the last one
         self.park_after = options.park_after or (IDLE_SECONDS if device.type == "cuda" else None)
         self._park_check = self.park_after and self.park_after / 4  # seconds between two looks; None: no look
         self._next_park = 0.0
@@ -163,6 +165,7 @@ class Engine:
                     return True
             if self._dropped and not self._passes:
                 return False
+            self._linger()
         for _ in range(CALLS_PER_ROUND):
             with self._wake:
                 heads = [(tenant, tenant.queue.popleft()) for tenant in self._ready]
@@ -170,6 +173,18 @@ class Engine:
                 self._take_up(tenant, operation)
         self._sample(self._run_next() * (1 / self.train_share - 1))
         return True
+
+    def _linger(self) -> None:
+        """Clients that submit one after another share a micro-batch, and do so again when they have been answered together.
+
+        Without it the first one's rows go alone, and from then on take turns with the others'.
+        """
+        while not (self._passes or self._arrived or self.sampler.busy or self._stopping):
+            ready = len(self._ready)
+            if not 0 < ready < sum(tenant.adapter is not None for tenant in self._tenants):
+                return
+            if not self._wake.wait_for(lambda ready=ready: len(self._ready) > ready, LINGER * self.micro_batch_seconds):
+                return
 
     @property
     def _ready(self) -> list[Tenant]:
@@ -249,7 +264,8 @@ class Engine:
             self._passes.fail(batch, error)
         else:
             self._passes.settle(batch)
-        return time.monotonic() - start
+        self.micro_batch_seconds = time.monotonic() - start
+        return self.micro_batch_seconds
 
     def _run_alone(self, progress: Progress, train: bool) -> None:
         """All of a custom request's micro-batches, sampling in between."""

@@ -161,7 +161,7 @@ class Sampler:
     # ---- prompts
 
     def _prefill(self) -> None:
-        """The next tokens of the prompts being computed, as many as a pass takes: few adapters each, the oldest prompt's first."""
+        """The next tokens of the prompts being computed, as many as a pass takes, of few adapters, the oldest first."""
         chosen: list[tuple[Continuation, int, int]] = []  # sequence, from, to
         room = PREFILL_ROWS[self.decoder.device.type]
         place: dict[Hashable, int] = {}

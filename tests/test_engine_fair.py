@@ -115,6 +115,30 @@ def test_who_was_away_has_saved_nothing_up(tmp_path: Path) -> None:
     assert log.names == ["one", "other", "other"]
 
 
+def test_clients_that_submit_one_after_another_share_a_micro_batch(tmp_path: Path) -> None:
+    one, other = clients(tmp_path)
+    small(one).result(60)
+    one.engine.micro_batch_seconds = 250.0  # it waits a fiftieth of what one takes
+    first = small(one)
+    one.optim_step(AdamParams(1e-3))  # no other client's: the wait goes on
+    time.sleep(0.2)
+    assert first.begun is None
+    start = time.monotonic()
+    second = small(other)  # all are there: no more waiting
+    for future in (first, second):
+        future.result(60)
+    assert first.begun is not None and first.begun >= start and time.monotonic() - start < 4
+
+
+def test_a_single_client_waits_for_nobody(tmp_path: Path) -> None:
+    one = _client(tmp_path, 4)
+    small(one).result(60)
+    one.engine.micro_batch_seconds = 250.0
+    start = time.monotonic()
+    small(one).result(60)
+    assert time.monotonic() - start < 4
+
+
 # ---- adapters of idle clients
 
 

@@ -180,10 +180,10 @@ class Engine:
         Without it the first one's rows go alone, and from then on take turns with the others'.
         """
         while not (self._passes or self._arrived or self.sampler.busy or self._stopping):
-            ready = len(self._ready)
-            if not 0 < ready < sum(tenant.adapter is not None for tenant in self._tenants):
+            ready, others = self._ready, sum(tenant.adapter is not None for tenant in self._tenants) - len(self._ready)
+            if others <= 0 or not any(isinstance(tenant.queue[0], PassRequest) for tenant in ready):
                 return
-            if not self._wake.wait_for(lambda ready=ready: len(self._ready) > ready, LINGER * self.micro_batch_seconds):
+            if not self._wake.wait_for(lambda ready=ready: self._ready != ready, LINGER * self.micro_batch_seconds):
                 return
 
     @property

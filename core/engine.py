@@ -175,15 +175,17 @@ class Engine:
         return True
 
     def _linger(self) -> None:
-        """Clients that submit one after another share a micro-batch, and do so again when they have been answered together.
-
-        Without it the first one's rows go alone, and from then on take turns with the others'.
-        """
+        """Clients that submit one after another share a micro-batch; else the first one's rows go alone, time after time."""
         while not (self._passes or self._arrived or self.sampler.busy or self._stopping):
-            ready, others = self._ready, sum(tenant.adapter is not None for tenant in self._tenants) - len(self._ready)
-            if others <= 0 or not any(isinstance(tenant.queue[0], PassRequest) for tenant in ready):
+            ready = self._ready
+            idle = any(tenant.adapter is not None and tenant not in ready for tenant in self._tenants)
+            if not idle or not any(isinstance(tenant.queue[0], PassRequest) for tenant in ready):
                 return
-            if not self._wake.wait_for(lambda ready=ready: self._ready != ready, LINGER * self.micro_batch_seconds):
+
+            def woken(ready: list[Tenant] = ready) -> bool:
+                return self._ready != ready or self._arrived or self._stopping
+
+            if not self._wake.wait_for(woken, LINGER * self.micro_batch_seconds):
                 return
 
     @property

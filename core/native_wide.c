@@ -44,6 +44,7 @@ static void begin_tiles(char kept[64]) {
   struct { uint8_t palette, start, unused[14]; uint16_t bytes[16]; uint8_t rows[16]; } all = {.palette = 1};
   for (int i = 0; i < 8; i++) all.bytes[i] = 64, all.rows[i] = 16;
   _tile_storeconfig(kept);
+  __asm__ volatile("" ::: "memory"); /* gcc 12 believes that 8 bytes are read */
   _tile_loadconfig(&all);
 }
 

@@ -6,7 +6,7 @@ A's transposed, so that both are read as weights are.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ class WideRows:
     def __init__(self, decoder: Decoder, copies: ComputeCopies) -> None:
         self.decoder, self.copies, self.most = decoder, copies, native.wide_rows()
         self.layers = of_layers(decoder)
-        self._factors: dict[Hashable, Factors] = {}
+        self._factors: dict[tuple[int, int], Factors] = {}
 
     @staticmethod
     def available(decoder: Decoder) -> bool:
@@ -49,7 +49,10 @@ class WideRows:
         return WideStep(self, slots, owners)
 
     def factors(self, adapters: Sequence[Weights]) -> list[Factors]:
-        """Of these adapters; older ones go."""
+        """Of these adapters; other versions of them go, and what was used longest ago."""
+        keys = {weights.key for weights in adapters}
+        serials = {serial for serial, _ in keys}
+        self._factors = {key: made for key, made in self._factors.items() if key in keys or key[0] not in serials}
         for weights in adapters:
             made = self._factors.pop(weights.key, None)
             self._factors[weights.key] = made or Factors(self.decoder, weights, self.copies.get([weights]))
@@ -94,7 +97,7 @@ class WideStep:
         self.wide, columns = wide, -(-len(slots) // 16) * 16
         self.d, self.width = first.qkv.weight.shape[1], first.down.weight.shape[1]
         self.places = torch.tensor([place_of(slot) for slot in slots])
-        spans: dict[Hashable, tuple[Weights, int, int]] = {}  # low, high of each adapter
+        spans: dict[tuple[int, int], tuple[Weights, int, int]] = {}  # low, high of each adapter
         for row, weights in enumerate(owners):
             if weights.geometry.sites:
                 spans[weights.key] = (weights, spans.get(weights.key, (weights, row, row))[1], row + 1)

@@ -86,7 +86,12 @@ class Sampler:
         for sequence in [*self._waiting, *self._filling, *self._running]:
             sequence.request.future.set_exception(error)
         self._drop_ended()
+        self._forget_adapters()
+
+    def _forget_adapters(self) -> None:
         self._stacks.clear()
+        if self.few is not None:
+            self.few.forget()
 
     @torch.no_grad()
     def step(self) -> None:
@@ -99,9 +104,7 @@ class Sampler:
             self._decode()
         self._drop_ended()
         if not self.busy:
-            self._stacks.clear()
-            if self.few is not None:
-                self.few.forget()
+            self._forget_adapters()
 
     # ---- coming and going
 

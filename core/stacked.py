@@ -67,17 +67,18 @@ class Stack:
         self.members = list(members)
         self.place = {weights.key: i for i, weights in enumerate(members)}
         self.sites, self.unembed = {}, None
+        self.factors = [self.copies.get([weights]) for weights in members]  # once: making one casts a whole adapter
         rows = members[0].geometry.sites.get(UNEMBED)
         if rows is not None:
-            factors, a = self._factors(rows)
-            self.unembed = torch.cat(a, dim=2).squeeze(1), torch.cat([f[rows.b[0]] for f in factors], dim=1)
-        for name in members[0].geometry.sites if self.stays else ():
-            self.site(name)
+            self.unembed = torch.cat(self._a(rows), dim=2).squeeze(1), torch.cat([f[rows.b[0]] for f in self.factors], dim=1)
+        if self.stays:
+            for name in members[0].geometry.sites:
+                self.site(name)
+            self.factors = []
 
-    def _factors(self, rows: SiteRows) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The members' factors, and the A's of a site among them, each [d_in, m, R]."""
-        factors = [self.copies.get([weights]) for weights in self.members]
-        return factors, [f[rows.a].view(rows.site.d_in, -1, self.rank) for f in factors]
+    def _a(self, rows: SiteRows) -> list[torch.Tensor]:
+        """The members' A's of a site, each [d_in, m, R]."""
+        return [f[rows.a].view(rows.site.d_in, -1, self.rank) for f in self.factors]
 
     def site(self, name: str) -> StackedSite | None:
         """Of a layer, made when it is first asked for; None: it is not adapted."""
@@ -87,7 +88,7 @@ class Stack:
         return self.sites.get(name)
 
     def _stacked(self, rows: SiteRows) -> StackedSite:
-        factors, a = self._factors(rows)
+        factors, a = self.factors, self._a(rows)
         if self.concat:
             wide, joined = len(factors) * self.rank, torch.cat(a, dim=2).view(rows.site.d_in, -1)
             bs = [torch.cat([f[b].T for f in factors]) for b in rows.b]

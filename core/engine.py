@@ -265,9 +265,9 @@ class Engine:
         except BaseException as error:
             self._passes.fail(batch, error)
         else:
+            self.micro_batch_seconds = time.monotonic() - start
             self._passes.settle(batch)
-        self.micro_batch_seconds = time.monotonic() - start
-        return self.micro_batch_seconds
+        return time.monotonic() - start
 
     def _run_alone(self, progress: Progress, train: bool) -> None:
         """All of a custom request's micro-batches, sampling in between."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable
@@ -20,7 +21,8 @@ BATCHES = 10  # micro-batches of a large request
 
 
 def clients(store: Path) -> tuple[TrainingClient, TrainingClient]:
-    """Two tenants of one engine."""
+    """Two tenants of an engine that has no others."""
+    gc.collect()
     return _client(store, 4), _client(store, 2)
 
 
@@ -131,6 +133,7 @@ def test_clients_that_submit_one_after_another_share_a_micro_batch(tmp_path: Pat
 
 
 def test_a_single_client_waits_for_nobody(tmp_path: Path) -> None:
+    gc.collect()
     one = _client(tmp_path, 4)
     small(one).result(60)
     one.engine.micro_batch_seconds = 250.0

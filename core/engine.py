@@ -178,7 +178,7 @@ class Engine:
         """Clients that submit one after another share a micro-batch; else the first one's rows go alone, time after time."""
         while not (self._passes or self._arrived or self.sampler.busy or self._stopping):
             ready = self._ready
-            idle = any(tenant.adapter is not None and tenant not in ready for tenant in self._tenants)
+            idle = any(tenant.adapter is not None and not tenant.ready for tenant in self._tenants)
             if not idle or not any(isinstance(tenant.queue[0], PassRequest) for tenant in ready):
                 return
 

@@ -151,21 +151,26 @@ static void turn_head(const step *s, T *head, const float *weight, const T *cosi
   }
 }
 
-static void attention_of(const step *s, long layer) {
+/* Row t looks at key head h of its past; qkv [heads, size] and attended [q heads, size] are its own. */
+static void attend_head(const step *s, long layer, long t, long h, T *qkv, T *attended) {
   const float *q_norm = of_layer(s, layer, Q_NORM), *k_norm = of_layer(s, layer, K_NORM);
-  long heads = s->q_heads + 2 * s->kv_heads, group = s->q_heads / s->kv_heads, half = s->size / 2;
+  const int64_t *place = s->places + t * OF_PLACE;
+  long group = s->q_heads / s->kv_heads, half = s->size / 2;
+  cache c = {(T *)place[K_AT] + layer * place[OF_A_LAYER], (T *)place[V_AT] + layer * place[OF_A_LAYER], place[ROOM],
+             s->q_heads, s->kv_heads, s->size, s->scaling};
+  for (long g = h * group; g < (h + 1) * group; g++)
+    turn_head(s, qkv + g * s->size, q_norm, s->cosine + t * half, s->sine + t * half);
+  turn_head(s, qkv + (s->q_heads + h) * s->size, k_norm, s->cosine + t * half, s->sine + t * half);
+  keep_row(&c, qkv, 0, s->positions[t], h);
+  attend_row(&c, qkv, 0, s->positions[t], h, attended);
+}
+
+static void attention_of(const step *s, long layer) {
+  long heads = s->q_heads + 2 * s->kv_heads;
   #pragma omp for schedule(static)
   for (long i = 0; i < s->n * s->kv_heads; i++) {
-    long t = i / s->kv_heads, h = i % s->kv_heads;
-    const int64_t *place = s->places + t * OF_PLACE;
-    T *qkv = s->qkv + t * heads * s->size;
-    cache c = {(T *)place[K_AT] + layer * place[OF_A_LAYER], (T *)place[V_AT] + layer * place[OF_A_LAYER], place[ROOM],
-               s->q_heads, s->kv_heads, s->size, s->scaling};
-    for (long g = h * group; g < (h + 1) * group; g++)
-      turn_head(s, qkv + g * s->size, q_norm, s->cosine + t * half, s->sine + t * half);
-    turn_head(s, qkv + (s->q_heads + h) * s->size, k_norm, s->cosine + t * half, s->sine + t * half);
-    keep_row(&c, qkv, 0, s->positions[t], h);
-    attend_row(&c, qkv, 0, s->positions[t], h, s->attended + t * s->q_heads * s->size);
+    long t = i / s->kv_heads;
+    attend_head(s, layer, t, i % s->kv_heads, s->qkv + t * heads * s->size, s->attended + t * s->q_heads * s->size);
   }
 }
 

@@ -78,7 +78,7 @@ static inline __attribute__((always_inline)) void tile_products(const T *first, 
         }
     }
     _tile_stored(0, sums + c * 16, columns * 4);
-    _tile_stored(1, sums + (16 + 0) * columns + c * 16, columns * 4);
+    _tile_stored(1, sums + 16 * columns + c * 16, columns * 4);
     if (both) {
       _tile_stored(2, sums + (c + 1) * 16, columns * 4);
       _tile_stored(3, sums + 16 * columns + (c + 1) * 16, columns * 4);
@@ -239,26 +239,18 @@ static void wide_swiglu(const wide *w, long layer) {
 
 static void wide_attention(const wide *w, long layer) {
   const step *s = w->s;
-  const float *q_norm = of_layer(s, layer, Q_NORM), *k_norm = of_layer(s, layer, K_NORM);
-  const long heads = s->q_heads + 2 * s->kv_heads, group = s->q_heads / s->kv_heads, half = s->size / 2, size = s->size;
+  const long heads = s->q_heads + 2 * s->kv_heads, group = s->q_heads / s->kv_heads, size = s->size;
   const long columns = columns_of(w);
   #pragma omp for schedule(static)
   for (long i = 0; i < s->n * s->kv_heads; i++) {
     long t = i / s->kv_heads, h = i % s->kv_heads, k_head = s->q_heads + h, v_head = k_head + s->kv_heads;
-    const int64_t *place = s->places + t * OF_PLACE;
     T row[heads * size], out[s->q_heads * size];
-    cache c = {(T *)place[K_AT] + layer * place[OF_A_LAYER], (T *)place[V_AT] + layer * place[OF_A_LAYER], place[ROOM],
-               s->q_heads, s->kv_heads, size, s->scaling};
     for (long at = h * group * size; at < (h + 1) * group * size; at++) row[at] = w->qkv[at * columns + t];
     for (long at = 0; at < size; at++) {
       row[k_head * size + at] = w->qkv[(k_head * size + at) * columns + t];
       row[v_head * size + at] = w->qkv[(v_head * size + at) * columns + t];
     }
-    for (long g = h * group; g < (h + 1) * group; g++)
-      turn_head(s, row + g * size, q_norm, s->cosine + t * half, s->sine + t * half);
-    turn_head(s, row + k_head * size, k_norm, s->cosine + t * half, s->sine + t * half);
-    keep_row(&c, row, 0, s->positions[t], h);
-    attend_row(&c, row, 0, s->positions[t], h, out);
+    attend_head(s, layer, t, h, row, out);
     for (long at = h * group * size; at < (h + 1) * group * size; at++)
       pair_of(w->h, at, w->blocks, t / 16)[t % 16 * 2 + at % 2] = out[at];
   }

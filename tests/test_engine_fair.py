@@ -63,6 +63,16 @@ def test_a_small_request_does_not_wait_for_a_large_one_before_it(tmp_path: Path)
     assert log.names == ["small", "large"]
 
 
+def test_a_small_request_does_not_share_the_rows_of_a_large_one(tmp_path: Path) -> None:
+    """Though they would fit: it would be answered at the end of both."""
+    one, other = clients(tmp_path)
+    with held(one.engine):
+        larger = one.forward_backward(data([BUDGET - BUDGET // 4]), "cross_entropy")
+        smaller = small(other)
+    assert larger.result(60) and smaller.result(60)
+    assert larger.begun is not None and smaller.ended is not None and larger.begun >= smaller.ended
+
+
 def test_a_request_joins_while_a_large_one_is_computed(tmp_path: Path) -> None:
     """Each small one is submitted when the one before is answered, as a client does that waits for its result."""
     one, other = clients(tmp_path)

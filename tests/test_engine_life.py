@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from core import AdamParams, EngineOptions, ModelNotFound, ServiceClient, clients
-from core.engine import Engine
 from core.futures import Future
 from core.request import Call
 from tests.tiny import data, flat, new_client, service_at, tiny_model_dir
@@ -114,19 +113,14 @@ def test_the_last_client_frees_the_base_model(tmp_path: Path) -> None:
     assert second.forward(data(LENGTHS), "cross_entropy").result().metrics["loss:sum"] > 0
     second.close()
     second.close()  # twice is once
-    assert engine not in engines() and other.engine in engines()
+    assert [engine for engine, _ in clients._engines.values()] == [other.engine]
     engine._thread.join(10)
     assert not engine._thread.is_alive()
     del engine, first, second
     gc.collect()
     assert model() is None
-    engine = other.engine
     other.close()
-    assert engine not in engines()
-
-
-def engines() -> list[Engine]:
-    return [engine for engine, _ in clients._engines.values()]
+    assert not clients._engines
 
 
 def test_who_asks_for_another_engine_gets_one(tmp_path: Path) -> None:

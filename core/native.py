@@ -177,17 +177,12 @@ def logits_of_few(weight: torch.Tensor, h: torch.Tensor, shift: torch.Tensor) ->
     return out
 
 
-def decode_step(dtype: torch.dtype, *values: torch.Tensor | float | int) -> None:
-    """A decode step of few rows: see core/native_step.py, which makes the tables that it takes."""
-    _call("decode_step", dtype, *values)
+def decode_step(function: str, dtype: torch.dtype, *values: torch.Tensor | float | int) -> None:
+    """A decode step by one of the C code's two: see core/native_step.py, which makes the tables that they take."""
+    _call(function, dtype, *values)
 
 
 @functools.cache
 def wide_rows() -> int:
     """Rows that wide_step takes at most; 0 without AMX."""
     return _library(torch.bfloat16).wide_rows() if available() else 0
-
-
-def wide_step(*values: torch.Tensor | float | int) -> None:
-    """A decode step of up to wide_rows() rows in bf16: see core/native_wide.py, which makes the tables that it takes."""
-    _call("wide_step", torch.bfloat16, *values)

@@ -40,43 +40,56 @@ class FewRows:
         """Nobody is being sampled from."""
 
 
-class FewStep:
-    """The rows of a batch that stays the same for several steps."""
+class NativeStep:
+    """The rows of a batch that stays the same for several steps, for one function of the C code.
 
-    def __init__(self, few: FewRows, slots: Sequence[Slot], owners: Sequence[Weights]) -> None:
-        decoder, heads = few.decoder, few.decoder.heads
-        first = decoder.layers[0]
-        self.few, n = few, len(slots)
-        self.d, self.width = first.qkv.weight.shape[1], first.down.weight.shape[1]
-        self.places = torch.tensor([place_of(slot) for slot in slots])
-        adapters = list({weights.key: weights for weights in owners if weights.geometry.sites}.values())
-        number = {weights.key: i for i, weights in enumerate(adapters)}
-        self.adapter_of = torch.tensor([number.get(weights.key, -1) for weights in owners])
-        self.copies = [few.copies.get([weights]) for weights in adapters]
-        self.factors = torch.tensor(
-            [[_of_adapter(layer, weights, copy) for layer in decoder.layers]
-             for weights, copy in zip(adapters, self.copies, strict=True)], dtype=torch.int64,
-        )  # fmt: skip
-        self.ranks = torch.tensor([weights.config.rank for weights in adapters], dtype=torch.int64)
-        self.scales = torch.tensor([weights.scale for weights in adapters])
-        self.most_rank = max((weights.config.rank for weights in adapters), default=0)
-        self.qkv = torch.empty(n, heads.total, heads.size, dtype=decoder.dtype)
-        self.attended = torch.empty(n, heads.q, heads.size, dtype=decoder.dtype)
-        self.between, self.u = torch.empty(n, self.width), torch.empty(n, 3 * self.most_rank)
+    What differs between these is set by whoever inherits: tensors about adapters, scratch memory, and counts of adapters.
+    """
+
+    function: str
+    adapters: tuple[torch.Tensor, ...]
+    scratch: tuple[torch.Tensor, ...]
+    counts: tuple[int, ...]
+
+    def __init__(self, decoder: Decoder, layers: torch.Tensor, slots: Sequence[Slot]) -> None:
+        self.decoder, self.layers = decoder, layers
+        self.d, self.width = decoder.layers[0].qkv.weight.shape[1], decoder.layers[0].down.weight.shape[1]
+        self.places = torch.tensor([_place(slot) for slot in slots])
 
     def run(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The residual stream after the last layer for tokens [n] at positions [n]: [n, d] fp32."""
-        decoder = self.few.decoder
+        decoder, heads, first = self.decoder, self.decoder.heads, self.decoder.layers[0]
         x = F.embedding(tokens, decoder.embedding).float()
         cosine, sine = decoder.rotary_tables(x, positions)
-        heads, first = decoder.heads, decoder.layers[0]
         native.decode_step(
-            decoder.dtype, self.few.layers, self.places, positions, self.factors, self.ranks, self.adapter_of, self.scales,
-            cosine, sine, x, self.qkv, self.attended, self.between, self.u,
-            len(x), self.d, heads.q, heads.kv, heads.size, self.width, len(decoder.layers), self.most_rank,
+            self.function, decoder.dtype, self.layers, self.places, positions, *self.adapters, cosine, sine, x, *self.scratch,
+            len(x), self.d, heads.q, heads.kv, heads.size, self.width, len(decoder.layers), *self.counts,
             first.attention_norm.eps, first.q_norm.eps if first.q_norm is not None else 0.0, float(decoder.scaling),
         )  # fmt: skip
         return x
+
+
+class FewStep(NativeStep):
+    function = "decode_step"
+
+    def __init__(self, few: FewRows, slots: Sequence[Slot], owners: Sequence[Weights]) -> None:
+        super().__init__(few.decoder, few.layers, slots)
+        decoder, heads, n = few.decoder, few.decoder.heads, len(slots)
+        adapters = list({weights.key: weights for weights in owners if weights.geometry.sites}.values())
+        number = {weights.key: i for i, weights in enumerate(adapters)}
+        self.copies = [few.copies.get([weights]) for weights in adapters]
+        factors = torch.tensor(
+            [[_of_adapter(layer, weights, copy) for layer in decoder.layers]
+             for weights, copy in zip(adapters, self.copies, strict=True)], dtype=torch.int64,
+        )  # fmt: skip
+        ranks = torch.tensor([weights.config.rank for weights in adapters], dtype=torch.int64)
+        adapter_of = torch.tensor([number.get(weights.key, -1) for weights in owners])
+        self.adapters = factors, ranks, adapter_of, torch.tensor([weights.scale for weights in adapters])
+        most_rank = max((weights.config.rank for weights in adapters), default=0)
+        qkv = torch.empty(n, heads.total, heads.size, dtype=decoder.dtype)
+        attended = torch.empty(n, heads.q, heads.size, dtype=decoder.dtype)
+        self.scratch = qkv, attended, torch.empty(n, self.width), torch.empty(n, 3 * most_rank)
+        self.counts = (most_rank,)
 
 
 def of_layers(decoder: Decoder) -> torch.Tensor:
@@ -106,7 +119,7 @@ def _of_adapter(layer: Layer, weights: Weights, copy: torch.Tensor) -> list[int]
     return found
 
 
-def place_of(slot: Slot) -> list[int]:
+def _place(slot: Slot) -> list[int]:
     """In the order of OF_PLACE: the slot in layer 0, how far apart layers are, in values, and the room of a slot."""
     pool = slot.pool
     assert isinstance(pool, Slabs)

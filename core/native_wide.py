@@ -16,7 +16,7 @@ from core.decoder import Decoder
 from core.fused import Layer
 from core.kv_cache import Slot
 from core.lora import ComputeCopies, Weights
-from core.native_step import FewRows, matrices_of, of_layers, place_of
+from core.native_step import FewRows, NativeStep, matrices_of, of_layers
 
 KEPT = 16  # adapters laid out at most, unless a step has more
 
@@ -88,43 +88,24 @@ class Factors:
         return found
 
 
-class WideStep:
-    """The rows of a batch that stays the same for several steps."""
+class WideStep(NativeStep):
+    function = "wide_step"
 
     def __init__(self, wide: WideRows, slots: Sequence[Slot], owners: Sequence[Weights]) -> None:
-        decoder, heads = wide.decoder, wide.decoder.heads
-        first = decoder.layers[0]
-        self.wide, columns = wide, -(-len(slots) // 16) * 16
-        self.d, self.width = first.qkv.weight.shape[1], first.down.weight.shape[1]
-        self.places = torch.tensor([place_of(slot) for slot in slots])
+        super().__init__(wide.decoder, wide.layers, slots)
+        heads, dtype, columns = wide.decoder.heads, wide.decoder.dtype, -(-len(slots) // 16) * 16
         spans: dict[tuple[int, int], tuple[Weights, int, int]] = {}  # low, high of each adapter
         for row, weights in enumerate(owners):
             if weights.geometry.sites:
                 spans[weights.key] = (weights, spans.get(weights.key, (weights, row, row))[1], row + 1)
-        adapters = [weights for weights, _, _ in spans.values()]
-        self.factors = wide.factors(adapters)
+        members = [weights for weights, _, _ in spans.values()]
+        self.factors = wide.factors(members)
         table = [factors.addresses for factors in self.factors]
-        self.addresses = torch.stack(table) if table else torch.empty(0, dtype=torch.int64)
-        self.ranks = torch.tensor([factors.rank for factors in self.factors], dtype=torch.int64)
-        self.low, self.high = (torch.tensor([span[i] for span in spans.values()], dtype=torch.int64) for i in (1, 2))
-        self.scales = torch.tensor([weights.scale for weights in adapters])
-        self.most_rank = max((factors.rank for factors in self.factors), default=0)
-        self.stream = torch.empty(self.d, columns)
-        self.qkv = torch.empty(heads.total * heads.size, columns, dtype=decoder.dtype)
-        self.h = torch.empty(max(self.d, heads.q * heads.size), columns, dtype=decoder.dtype)
-        self.between = torch.empty(self.width, columns, dtype=decoder.dtype)
-        self.u = torch.empty(len(adapters) * 3 * self.most_rank, columns, dtype=decoder.dtype)
-
-    def run(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The residual stream after the last layer for tokens [n] at positions [n]: [n, d] fp32."""
-        decoder = self.wide.decoder
-        x = F.embedding(tokens, decoder.embedding).float()
-        cosine, sine = decoder.rotary_tables(x, positions)
-        heads, first = decoder.heads, decoder.layers[0]
-        native.wide_step(
-            self.wide.layers, self.places, positions, self.addresses, self.ranks, self.low, self.high, self.scales,
-            cosine, sine, x, self.stream, self.qkv, self.h, self.between, self.u,
-            len(x), self.d, heads.q, heads.kv, heads.size, self.width, len(decoder.layers), len(self.factors), self.most_rank,
-            first.attention_norm.eps, first.q_norm.eps if first.q_norm is not None else 0.0, float(decoder.scaling),
-        )  # fmt: skip
-        return x
+        addresses = torch.stack(table) if table else torch.empty(0, dtype=torch.int64)
+        ranks = torch.tensor([factors.rank for factors in self.factors], dtype=torch.int64)
+        low, high = (torch.tensor([span[i] for span in spans.values()], dtype=torch.int64) for i in (1, 2))
+        self.adapters = addresses, ranks, low, high, torch.tensor([weights.scale for weights in members])
+        most_rank = max((factors.rank for factors in self.factors), default=0)
+        rows = heads.total * heads.size, max(self.d, heads.q * heads.size), self.width, len(members) * 3 * most_rank
+        self.scratch = torch.empty(self.d, columns), *(torch.empty(count, columns, dtype=dtype) for count in rows)
+        self.counts = len(members), most_rank

@@ -32,7 +32,7 @@ from bench.shapes import random_model
 
 CLIENTS, STEPS, ROW_TOKENS = 8, 12, 64
 BATCHES = ((4, 64), (16, 256), (32, 256))  # rows and tokens each of a training client's step
-FLOOD_ROWS, SMALL_CALLS = 16, 24
+FLOOD_ROWS, SMALL_CALLS = 16, 60
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from core.futures import Future
 from core.lora import Adapter, ComputeCopies, Geometry, Segment, Weights
 from core.models import fingerprint, load_base
 from core.objective import Objective, Term
-from core.packing import Item, cut, lay_out
+from core.packing import Item, cut, in_order, lay_out
 from core.passes import Passes, Progress, Tenant
 from core.request import Call, PassRequest, SampleRequest
 from core.sampler import Sampler
@@ -271,14 +271,14 @@ class Engine:
 
     def _run_alone(self, progress: Progress, train: bool) -> None:
         """All of a custom request's micro-batches, sampling in between."""
-        waiting = deque(cut(progress.request.items(0), self.token_budget))
+        waiting = deque(cut(in_order(progress.request.items(0)), self.token_budget))
         while waiting:
             batch, start = waiting.popleft(), time.monotonic()
             try:
                 self._run_micro_batch({0: progress}, batch, train)
             except torch.OutOfMemoryError as error:
                 self._shrink(batch, error)
-                waiting.extendleft(reversed(cut(batch, self.token_budget)))
+                waiting.extendleft(reversed(cut(in_order(batch), self.token_budget)))
             self._sample((time.monotonic() - start) * (1 / self.train_share - 1))
 
     def _shrink(self, batch: list[Item], error: torch.OutOfMemoryError) -> None:
@@ -365,7 +365,7 @@ class Engine:
     def _run_custom(self, request: PassRequest) -> None:
         """Logprobs, the caller's loss on them, then its gradient through an ordinary pass."""
         progress = Progress.of(request)
-        batches = cut(request.items(0), self.token_budget)
+        batches = cut(in_order(request.items(0)), self.token_budget)
         assert request.custom is not None
         if len(batches) == 1 and request.train and any(item.num_wanted for item in batches[0]):
             try:

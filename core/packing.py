@@ -18,6 +18,7 @@ from core.lora import Adapter, ComputeCopies, Segment, Weights
 from core.prefixes import Span, order, share
 
 ROW_MULTIPLE = 16  # rows of a segment: a product of a new shape costs a CPU several calls of a known one
+TARGETS_PER_ROW = 8  # the unembedding of so many targets is taken to cost a row through the layers
 
 
 @dataclass(frozen=True)
@@ -47,44 +48,57 @@ class Item:
 Standing = Mapping[int, tuple[float, int]]  # by number of the request: smaller comes first
 
 
-def cut(items: Sequence[Item], token_budget: int, standing: Standing | None = None) -> list[list[Item]]:
-    """Micro-batches of about `token_budget` rows each, each of one K.
+def in_order(items: Sequence[Item]) -> list[tuple[Item, int]]:
+    """Items with what each costs, in rows: those of one adapter together, those that begin alike one after another, longer
+    ones first.
 
-    Sequences of one adapter that begin alike come one after another, longer ones first, so that they share rows and like
-    lengths share a micro-batch; adapters in the order of their requests' `standing`, then of their ranks. The cuts are even:
-    as few batches as the budget allows on average, over it by less than one sequence.
+    An item costs the rows that it does not share with the one before, or as much as the targets it asks for: a sequence that
+    is there a thousand times has no rows of its own.
     """
-    batches: list[list[Item]] = []
-    for k in sorted({item.targets.shape[1] for item in items}):
-        members = _in_order([item for item in items if item.targets.shape[1] == k], standing or {})
-        total = sum(rows for _, rows in members)
-        even = total / max(1, -(-total // token_budget))
-        batch: list[Item] = []
-        seen = made = 0
-        for item, rows in members:
-            if batch and seen + rows / 2 > even * (made + 1):
-                batches.append(batch)
-                batch, made = [], made + 1
-            batch.append(item)
-            seen += rows
-        batches.append(batch)
-    return batches
-
-
-def _in_order(items: Sequence[Item], standing: Standing) -> list[tuple[Item, int]]:
-    """Items adapter by adapter, like ranks together, with the rows that each adds to the one before."""
     by_adapter: dict[int, list[Item]] = {}
     for item in items:
         by_adapter.setdefault(id(item.adapter), []).append(item)
     found: list[tuple[Item, int]] = []
-
-    def place(mine: list[Item]) -> tuple[tuple[float, int], int, int]:
-        return min(standing.get(i.request, (0.0, 0)) for i in mine), mine[0].adapter.config.rank, mine[0].request
-
-    for mine in sorted(by_adapter.values(), key=place):
+    for mine in by_adapter.values():
         indices, rows = order([item.tokens for item in mine])
-        found += zip((mine[i] for i in indices), rows, strict=True)
+        found += [(mine[i], max(own, mine[i].num_wanted // TARGETS_PER_ROW)) for i, own in zip(indices, rows, strict=True)]
     return found
+
+
+def cut(ordered: Sequence[tuple[Item, int]], token_budget: int, standing: Standing | None = None) -> list[list[Item]]:
+    """Micro-batches that cost about `token_budget` each, each of one K; `ordered` by `in_order`.
+
+    Adapters come in the order of their requests' `standing`, then of their ranks. The cuts are even: as few batches as the
+    budget allows on average, over it by less than one sequence.
+    """
+    batches: list[list[Item]] = []
+    for k in sorted({item.targets.shape[1] for item, _ in ordered}):
+        members = _by_standing([(item, cost) for item, cost in ordered if item.targets.shape[1] == k], standing or {})
+        total = sum(cost for _, cost in members)
+        even = total / max(1, -(-total // token_budget))
+        batch: list[Item] = []
+        seen = made = 0
+        for item, cost in members:
+            if batch and seen + cost / 2 > even * (made + 1):
+                batches.append(batch)
+                batch, made = [], made + 1
+            batch.append(item)
+            seen += cost
+        batches.append(batch)
+    return batches
+
+
+def _by_standing(ordered: Sequence[tuple[Item, int]], standing: Standing) -> list[tuple[Item, int]]:
+    """Adapter by adapter, like ranks together."""
+    by_adapter: dict[int, list[tuple[Item, int]]] = {}
+    for item, cost in ordered:
+        by_adapter.setdefault(id(item.adapter), []).append((item, cost))
+
+    def place(mine: list[tuple[Item, int]]) -> tuple[tuple[float, int], int, int]:
+        first = mine[0][0]
+        return min(standing.get(item.request, (0.0, 0)) for item, _ in mine), first.adapter.config.rank, first.request
+
+    return [pair for mine in sorted(by_adapter.values(), key=place) for pair in mine]
 
 
 def lay_out(

@@ -17,7 +17,7 @@ import torch
 
 from core.datum import ForwardBackwardOutput
 from core.lora import Adapter
-from core.packing import Item, cut
+from core.packing import Item, cut, in_order
 from core.request import Call, PassRequest
 
 EXPRESS = 4  # requests of at most a 4th of the budget share no rows with larger ones: neither waits for the other to be done
@@ -46,16 +46,16 @@ class Progress:
     request: PassRequest
     outputs: list[torch.Tensor]  # per sequence [N, K] logprobs
     loss: float = 0.0
-    pending: dict[int, Item] = field(default_factory=dict)  # by index
+    pending: dict[int, tuple[Item, int]] = field(default_factory=dict)  # by index, with what it costs; ordered once
 
     @classmethod
     def of(cls, request: PassRequest, number: int = 0) -> Progress:
-        items = {item.index: item for item in request.items(number)}
+        items = {item.index: (item, cost) for item, cost in in_order(request.items(number))}
         return cls(request, [torch.empty(0)] * len(request.data), pending=items)
 
     @property
     def rows(self) -> int:
-        return sum(item.length for item in self.pending.values())
+        return sum(item.length for item, _ in self.pending.values())
 
     def take(self, item: Item, logprobs: torch.Tensor, loss: float) -> None:
         self.outputs[item.index] = item.spread(logprobs)
@@ -132,7 +132,7 @@ class Passes:
         for train in (True, False):
             mine = [number for number in rows if self.progress[number].request.train is train]
             for group in ([n for n in mine if n in small], [n for n in mine if n not in small]):
-                items = [item for number in group for item in self.progress[number].pending.values()]
+                items = [pair for number in group for pair in self.progress[number].pending.values()]
                 batches += self._placed(cut(items, token_budget, standing), rows) if items else []
         return [batch for *_, batch in sorted(batches, key=lambda found: found[:2])]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from core.datum import LoraConfig
 from core.decoder import Decoder, Rows
 from core.lora import Adapter
 from core.objective import Objective
-from core.packing import Item, cut
+from core.packing import TARGETS_PER_ROW, Item, cut, in_order
 from tests.tiny import assert_close, data, datum, new_client, tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -120,29 +121,38 @@ def items(lengths: list[int], num_targets: list[int] | None = None) -> list[Item
 def test_micro_batches_hold_every_sequence_once_and_the_budget_within_one_sequence() -> None:
     lengths = torch.randint(1, 200, (80,), generator=torch.Generator().manual_seed(0)).tolist()
     for token_budget in (50, 200, 1024, 10**6):
-        batches = cut(items(lengths), token_budget)
+        batches = cut(in_order(items(lengths)), token_budget)
         assert sorted(item.index for batch in batches for item in batch) == list(range(80))
         for batch in batches:
             assert len(batch) == 1 or sum(item.length for item in batch) < token_budget + max(
                 item.length for item in batch
             )
-    assert len(cut(items(lengths), 10**6)) == 1
+    assert len(cut(in_order(items(lengths)), 10**6)) == 1
 
 
 def test_micro_batches_are_few_and_even() -> None:
-    batches = cut(items([10] * 110), 1000)
+    batches = cut(in_order(items([10] * 110)), 1000)
     assert [sum(item.length for item in batch) for batch in batches] == [550, 550]
 
 
 def test_a_micro_batch_has_one_number_of_targets_per_position() -> None:
-    batches = cut(items([5, 6, 7, 8], [1, 3, 1, 3]), 1000)
+    batches = cut(in_order(items([5, 6, 7, 8], [1, 3, 1, 3])), 1000)
     assert [[item.index for item in batch] for batch in batches] == [[2, 0], [3, 1]]
 
 
 def test_a_sequence_longer_than_the_budget_stands_alone() -> None:
-    batches = cut(items([5, 500, 6, 499]), 100)
+    batches = cut(in_order(items([5, 500, 6, 499])), 100)
     assert [[item.length for item in batch] for batch in batches][:2] == [[500], [499]]
     assert all(len(batch) == 1 for batch in batches[:2])
+
+
+def test_a_sequence_that_is_there_a_thousand_times_takes_several_micro_batches() -> None:
+    """Its rows are computed once in each, but the unembedding of every copy takes its time, in which others wait."""
+    copies = [replace(item, tokens=torch.arange(100)) for item in items([100] * 1000)]
+    batches = cut(in_order(copies), 500)
+    assert max(map(len, batches)) <= 500 * TARGETS_PER_ROW // 100 + 1 and sum(map(len, batches)) == 1000
+    few = [replace(item, wanted=torch.tensor([99])) for item in copies[:60]]  # one target each
+    assert [len(batch) for batch in cut(in_order(few), 500)] == [60]
 
 
 class Cramped:

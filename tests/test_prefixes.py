@@ -9,7 +9,7 @@ import torch
 
 from core import Datum, ModelInput, TrainingClient
 from core.lora import ComputeCopies
-from core.packing import cut, lay_out
+from core.packing import cut, in_order, lay_out
 from core.prefixes import order, share
 from tests.test_packing import assert_same, gradient, items, one_by_one
 from tests.tiny import VOCAB, new_client
@@ -55,7 +55,7 @@ def test_sixteen_replies_to_one_prompt_take_its_rows_once() -> None:
     group = items([112] * 16)
     tokens = [torch.tensor(prompt + [rng.randrange(100) for _ in range(12)]) for _ in group]
     group = [type(a)(0, i, a.adapter, t, a.targets, None) for i, (a, t) in enumerate(zip(group, tokens, strict=True))]
-    assert [len(batch) for batch in cut(group, 512)] == [16]
+    assert [len(batch) for batch in cut(in_order(group), 512)] == [16]
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3"])

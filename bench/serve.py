@@ -5,8 +5,9 @@
 
 The server is `cook serve` in a process of its own, the client the `tinker` SDK here. Each primitive is called in turn over
 the wire and on an engine in this process; the overhead of a call is its time less the median in process. Then eight clients
-train at once against one client in process with the same tokens, and a small client's calls are timed beside one that keeps
-the queue full.
+train at once against one client in process with the same tokens, and sample at once against one in process with all the
+requests, and a small client's calls are timed beside one that keeps the queue full. Clients that vanish and servers that are
+killed: bench/soak.py.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from bench.shapes import random_model
 
 CLIENTS, STEPS, ROW_TOKENS = 8, 12, 64
 BATCHES = ((4, 64), (16, 256), (32, 256))  # rows and tokens each of a training client's step
+SAMPLES, SAMPLE_TOKENS = 8, 64  # a sampling client's requests at once, and the tokens of each
 FLOOD_ROWS, SMALL_CALLS = 16, 60
 
 
@@ -88,22 +90,23 @@ def start_server(model: str, port: int, store: str, device: str, *words: str) ->
 def measure(url: str, rounds: int, device: str) -> dict[str, Any]:
     import tinker
 
+    import core
     from core import EngineOptions, ServiceClient
 
     remote = tinker.ServiceClient(base_url=url, api_key="tml-bench")
     model = str(remote.get_server_capabilities().supported_models[0].model_name)
     local = ServiceClient(tempfile.mkdtemp(prefix="bench-local-"), EngineOptions(device=device))
-    there = Wire(remote.create_lora_training_client(model, rank=8).result())
-    here = Local(local.create_lora_training_client(model, rank=8).result())
-    calls = {name: (getattr(there, name), getattr(here, name)) for name in PRIMITIVES}
+    there, here = wired(remote, model), Client(core, local.create_lora_training_client(model, rank=8).result())
     return {
-        "calls_ms": {name: overhead(*pair, 10 if name == "save_state" else rounds) for name, pair in calls.items()},
+        "calls_ms": {name: overhead(there, here, name, 10 if name == "save_state" else rounds) for name in PRIMITIVES},
         "throughput": [throughput(remote, here, model, *batch) for batch in BATCHES],
+        "sampling": sampling(remote, here, model),
         "fairness": fairness(remote, there, model),
     }
 
 
-PRIMITIVES = ("forward_backward", "train_step", "sample", "save_state")
+PRIMITIVES = ("forward_backward", "forward", "optim_step", "train_step", "sample", "snapshot", "save_state")
+BEFORE = {"optim_step": "forward_backward"}  # not timed
 
 
 def rows(count: int, length: int = ROW_TOKENS) -> list[list[int]]:
@@ -111,104 +114,87 @@ def rows(count: int, length: int = ROW_TOKENS) -> list[list[int]]:
     return [[draw.randrange(3, 250) for _ in range(length + 1)] for _ in range(count)]
 
 
-class Wire:
-    """The primitives through the SDK."""
+def wired(remote: Any, model: str) -> Client:
+    """A new adapter on the server."""
+    from tinker import types
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-        self.sampler = trainer.save_weights_and_get_sampling_client().result()
+    return Client(types, remote.create_lora_training_client(model, rank=8).result())
+
+
+class Client:
+    """The primitives, called alike through the SDK and in process; `types` is where Datum and the others come from."""
+
+    def __init__(self, types: Any, trainer: Any) -> None:
+        self.types, self.trainer = types, trainer
         self.saves = 0
+        self.snapshot()
 
     def data(self, count: int, length: int = ROW_TOKENS) -> list[Any]:
         import torch
-        from tinker import types
 
-        def as_targets(row: list[int]) -> types.TensorData:
-            return types.TensorData.from_torch(torch.tensor(row[1:]))
+        def targets(row: list[int]) -> Any:
+            tensor = torch.tensor(row[1:])
+            return self.types.TensorData.from_torch(tensor) if hasattr(self.types, "TensorData") else tensor
 
+        prompt, datum = self.types.ModelInput.from_ints, self.types.Datum
         return [
-            types.Datum(model_input=types.ModelInput.from_ints(row[:-1]), loss_fn_inputs={"target_tokens": as_targets(row)})
-            for row in rows(count, length)
+            datum(model_input=prompt(row[:-1]), loss_fn_inputs={"target_tokens": targets(row)}) for row in rows(count, length)
         ]
 
     def forward_backward(self) -> None:
         self.trainer.forward_backward(self.data(1), "cross_entropy").result()
 
+    def forward(self) -> None:
+        self.trainer.forward(self.data(1), "cross_entropy").result()
+
+    def optim_step(self) -> None:
+        self.trainer.optim_step(self.types.AdamParams(learning_rate=1e-5)).result()
+
     def train_step(self, data: list[Any] | None = None) -> None:
         """Gradient and update, both sent before the first is waited for."""
-        from tinker import types
-
         gradient = self.trainer.forward_backward(data or self.data(1), "cross_entropy")
-        update = self.trainer.optim_step(types.AdamParams(learning_rate=1e-5))
+        update = self.trainer.optim_step(self.types.AdamParams(learning_rate=1e-5))
         gradient.result()
         update.result()
 
-    def sample(self) -> None:
-        from tinker import types
+    def sample(self, num_samples: int = 1, max_tokens: int = 1) -> None:
+        prompt = self.types.ModelInput.from_ints(rows(1)[0])
+        self.sampler.sample(prompt, num_samples, self.types.SamplingParams(max_tokens=max_tokens)).result()
 
-        prompt = types.ModelInput.from_ints(rows(1)[0])
-        self.sampler.sample(prompt, 1, types.SamplingParams(max_tokens=1)).result()
+    def snapshot(self) -> None:
+        self.sampler = self.trainer.save_weights_and_get_sampling_client().result()
 
     def save_state(self) -> None:
         self.saves += 1
         self.trainer.save_state(f"bench-{self.saves}").result()
 
 
-class Local:
-    """The same in this process."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-        self.sampler = trainer.save_weights_and_get_sampling_client().result()
-        self.saves = 0
-
-    def data(self, count: int, length: int = ROW_TOKENS) -> list[Any]:
-        import torch
-
-        from core import Datum, ModelInput
-
-        return [Datum(ModelInput.from_ints(row[:-1]), {"target_tokens": torch.tensor(row[1:])}) for row in rows(count, length)]
-
-    def forward_backward(self) -> None:
-        self.trainer.forward_backward(self.data(1), "cross_entropy").result()
-
-    def train_step(self, data: list[Any] | None = None) -> None:
-        from core import AdamParams
-
-        gradient = self.trainer.forward_backward(data or self.data(1), "cross_entropy")
-        update = self.trainer.optim_step(AdamParams(learning_rate=1e-5))
-        gradient.result()
-        update.result()
-
-    def sample(self) -> None:
-        from core import ModelInput, SamplingParams
-
-        self.sampler.sample(ModelInput.from_ints(rows(1)[0]), 1, SamplingParams(max_tokens=1)).result()
-
-    def save_state(self) -> None:
-        self.saves += 1
-        self.trainer.save_state(f"bench-{self.saves}").result()
-
-
-def overhead(wire: Callable[[], None], local: Callable[[], None], rounds: int) -> dict[str, float]:
+def overhead(there: Client, here: Client, name: str, rounds: int) -> dict[str, float]:
     """In milliseconds; the two alternate."""
+
+    def timed(client: Client) -> float:
+        if name in BEFORE:
+            getattr(client, BEFORE[name])()
+        return 1000 * seconds(getattr(client, name))
+
     for _ in range(3):
-        wire()
-        local()
-    times = [(seconds(wire), seconds(local)) for _ in range(rounds)]
-    inside = statistics.median(local for _, local in times)
-    over = [1000 * (wire - inside) for wire, _ in times]
+        timed(there)
+        timed(here)
+    times = [(timed(there), timed(here)) for _ in range(rounds)]
+    wire, inside = [wire for wire, _ in times], statistics.median(local for _, local in times)
+    over = [took - inside for took in wire]
     return {
-        "wire_p50": _round(1000 * statistics.median(wire for wire, _ in times)), "in_process_p50": _round(1000 * inside),
+        "wire_p50": _round(statistics.median(wire)), "wire_p95": _round(percentile(wire, 0.95)),
+        "in_process_p50": _round(inside),
         "overhead_p50": _round(statistics.median(over)), "overhead_p95": _round(percentile(over, 0.95)),
     }  # fmt: skip
 
 
-def throughput(remote: Any, here: Local, model: str, count: int, length: int) -> dict[str, float]:
+def throughput(remote: Any, here: Client, model: str, count: int, length: int) -> dict[str, float]:
     """Trained tokens per second of CLIENTS clients over the wire, and of one in process with the same tokens."""
-    clients = [Wire(remote.create_lora_training_client(model, rank=8).result()) for _ in range(CLIENTS)]
+    clients = [wired(remote, model) for _ in range(CLIENTS)]
 
-    def train(client: Wire) -> None:
+    def train(client: Client) -> None:
         data = client.data(count, length)
         for _ in range(STEPS):
             client.train_step(data)
@@ -228,10 +214,28 @@ def throughput(remote: Any, here: Local, model: str, count: int, length: int) ->
     }  # fmt: skip
 
 
-def fairness(remote: Any, small: Wire, model: str) -> dict[str, float]:
+def sampling(remote: Any, here: Client, model: str) -> dict[str, float]:
+    """Sampled tokens per second of CLIENTS clients, an adapter each, and of one in process with as many requests."""
+    clients = [wired(remote, model) for _ in range(CLIENTS)]
+    work = [lambda client=client: client.sample(SAMPLES, SAMPLE_TOKENS) for client in clients]
+
+    def alone() -> None:
+        here.sample(SAMPLES * CLIENTS, SAMPLE_TOKENS)
+
+    rounds = [(seconds(lambda: _at_once(work)), seconds(alone)) for _ in range(6)]
+    together, in_process = (statistics.median(times) for times in zip(*rounds[1:], strict=True))
+    tokens = CLIENTS * SAMPLES * SAMPLE_TOKENS
+    return {
+        "clients": CLIENTS, "samples": SAMPLES, "sample_tokens": SAMPLE_TOKENS,
+        "clients_tokens_per_second": _round(tokens / together), "in_process_tokens_per_second": _round(tokens / in_process),
+        "clients_share": round(in_process / together, 3),
+    }  # fmt: skip
+
+
+def fairness(remote: Any, small: Client, model: str) -> dict[str, float]:
     """p95 of a small client's forward_backward, alone and beside one whose queue is never empty, in milliseconds."""
     alone = [seconds(small.forward_backward) for _ in range(SMALL_CALLS)]
-    flooding, stop = Wire(remote.create_lora_training_client(model, rank=8).result()), threading.Event()
+    flooding, stop = wired(remote, model), threading.Event()
 
     def flood() -> None:
         data = flooding.data(FLOOD_ROWS)

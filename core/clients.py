@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 
 from core import checkpoints
 from core.datum import AdamParams, Datum, ForwardBackwardOutput, LoraConfig, ModelInfo, OptimStepOutput, SaveOutput
-from core.door import check_config, check_custom, check_data
+from core.door import check_adam, check_config, check_custom, check_data
 from core.engine import Engine, Tenant
 from core.futures import Future
 from core.lora import Adapter
@@ -208,6 +208,7 @@ class TrainingClient:
 
     def optim_step(self, adam: AdamParams) -> Future[OptimStepOutput]:
         """AdamW on the accumulated gradient, which is then cleared. ValueError (future) without one."""
+        check_adam(adam)
 
         def step() -> OptimStepOutput:
             if not self.adapter.has_grad:

@@ -1,14 +1,15 @@
-"""Checking a forward_backward request at the door, and its data as tensors. A ValueError here means nothing was accumulated."""
+"""Checking requests at the door, and their data as tensors. A ValueError here means that nothing was queued."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from numbers import Real
 
 import torch
 
-from core.datum import Datum, TensorLike
+from core.datum import AdamParams, Datum, TensorLike
 from core.losses import LOSSES
 
 
@@ -35,6 +36,19 @@ def check_config(loss_fn: str, loss_fn_config: Mapping[str, float] | None) -> di
         if not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
             raise ValueError(f"loss_fn_config['{key}'] is {value!r}, expected a finite number")
     return {**defaults, **given}
+
+
+def check_adam(adam: AdamParams) -> None:
+    """Refuse what a step would make weights or moments of that are no numbers, or move them the wrong way."""
+    for key, value in asdict(adam).items():
+        if key in ("beta1", "beta2"):
+            low, high, expected = 0.0, 1.0, "a number from 0 on, below 1"
+        elif key == "eps":  # a moment of 0 is divided by it: a new adapter's A has no gradient in the first step
+            low, high, expected = torch.finfo(torch.float32).tiny, float("inf"), "a number above 0 (in fp32)"
+        else:
+            low, high, expected = 0.0, float("inf"), "a number from 0 on"
+        if not isinstance(value, Real) or not low <= value < high:
+            raise ValueError(f"{key} is {value!r}, expected {expected}")
 
 
 def check_data(data: Sequence[Datum], loss_fn: str, vocab_size: int, max_length: int) -> list[Sequenced]:

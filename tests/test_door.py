@@ -5,13 +5,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
 
-from core import Datum, ModelInput, TrainingClient
-from tests.tiny import CONTEXT, VOCAB, assert_close, datum, new_client
+from core import AdamParams, Datum, ModelInput, TrainingClient
+from tests.tiny import CONTEXT, VOCAB, assert_close, datum, flat, new_client
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RL = {"logprobs": [-1.0] * 3, "advantages": [1.0] * 3}
@@ -90,6 +91,27 @@ BAD_CONFIGS: list[tuple[str, dict | None, str]] = [
 ]
 
 
+BAD_ADAM: list[tuple[dict, str]] = [
+    ({"learning_rate": NAN}, "learning_rate is nan, expected a number from 0 on"),
+    ({"learning_rate": INF}, "learning_rate is inf, expected a number from 0 on"),
+    ({"learning_rate": -1.0}, "learning_rate is -1.0, expected a number from 0 on"),
+    ({"learning_rate": "1e-4"}, "learning_rate is '1e-4', expected a number from 0 on"),
+    ({"learning_rate": None}, "learning_rate is None, expected a number from 0 on"),
+    ({"beta1": 1.0}, "beta1 is 1.0, expected a number from 0 on, below 1"),
+    ({"beta1": -3}, "beta1 is -3, expected a number from 0 on, below 1"),
+    ({"beta2": 1.0}, "beta2 is 1.0, expected a number from 0 on, below 1"),
+    ({"beta2": NAN}, "beta2 is nan, expected a number from 0 on, below 1"),
+    ({"eps": NAN}, "eps is nan, expected a number above 0 (in fp32)"),
+    ({"eps": -1.0}, "eps is -1.0, expected a number above 0 (in fp32)"),
+    ({"eps": 0}, "eps is 0, expected a number above 0 (in fp32)"),
+    ({"eps": 1e-50}, "eps is 1e-50, expected a number above 0 (in fp32)"),
+    ({"weight_decay": NAN}, "weight_decay is nan, expected a number from 0 on"),
+    ({"weight_decay": -0.1}, "weight_decay is -0.1, expected a number from 0 on"),
+    ({"grad_clip_norm": NAN}, "grad_clip_norm is nan, expected a number from 0 on"),
+    ({"grad_clip_norm": -1}, "grad_clip_norm is -1, expected a number from 0 on"),
+]
+
+
 @pytest.mark.parametrize(("batch", "loss_fn", "message"), BAD_DATA)
 def test_bad_data_is_refused_and_nothing_accumulates(client: TrainingClient, batch, loss_fn: str, message: str) -> None:
     for verb in (client.forward_backward, client.forward):
@@ -107,6 +129,26 @@ def test_an_unknown_loss_or_configuration_is_refused(
         client.forward_backward([three(**RL)], loss_fn, config)
     assert str(error.value) == message
     assert not client.adapter.has_grad
+
+
+@pytest.mark.parametrize(("adam", "message"), BAD_ADAM)
+def test_an_optimizer_step_that_would_spoil_the_weights_is_refused(client: TrainingClient, adam: dict, message: str) -> None:
+    client.forward_backward([three()], "cross_entropy").result()
+    before = flat(client)
+    with pytest.raises(ValueError) as error:
+        client.optim_step(AdamParams(**adam))
+    assert str(error.value) == message
+    assert client.adapter.step == 0 and client.adapter.has_grad
+    assert all(torch.equal(flat(client)[key], value) for key, value in before.items())
+    client.adapter.clear_grad()
+
+
+def test_numbers_at_the_bounds_are_taken(tmp_path: Path) -> None:
+    client = new_client(tmp_path)
+    client.forward_backward([three()], "cross_entropy").result()
+    client.optim_step(AdamParams(numpy.float32(0), 0, 0, 1e-38 * 1.2, 0, 0)).result()  # type: ignore[arg-type]
+    assert client.adapter.step == 1 and torch.isfinite(client.adapter.params).all()
+    client.close()
 
 
 def test_what_is_no_array_of_numbers_is_refused_by_key(client: TrainingClient) -> None:

@@ -28,7 +28,10 @@ class CustomObjective(Objective):
 
 
 def evaluate_custom(request: PassRequest, logprobs: list[torch.Tensor]) -> tuple[float, dict[str, float], list[torch.Tensor]]:
-    """(loss, metrics, d loss / d logprobs per datum as [N, K]). Raises ValueError when the loss is not a finite scalar."""
+    """(loss, metrics, d loss / d logprobs per datum as [N, K]).
+
+    Raises ValueError for a loss that is not a finite scalar, or was not computed from the logprobs.
+    """
     assert request.custom is not None
     leaves = [lp.detach().reshape(d.shape).requires_grad_() for lp, d in zip(logprobs, request.data, strict=True)]
     with torch.enable_grad():
@@ -37,12 +40,11 @@ def evaluate_custom(request: PassRequest, logprobs: list[torch.Tensor]) -> tuple
         raise ValueError(f"the custom loss returned {loss!r:.80}, expected (scalar tensor, metrics)")
     if not bool(torch.isfinite(loss.detach()).all()):
         raise ValueError(f"the custom loss is {float(loss.detach())}, expected a finite number")
-    gradients = [torch.zeros_like(leaf) for leaf in leaves]
-    if loss.requires_grad:
-        found = torch.autograd.grad(loss, leaves, allow_unused=True)
-        gradients = [zero if g is None else g for g, zero in zip(found, gradients, strict=True)]
-    shaped = [g.reshape(len(g), -1) for g in gradients]
-    return float(loss.detach()), dict(metrics), shaped
+    found = torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else [None]
+    if all(g is None for g in found):
+        raise ValueError("the custom loss does not depend on the logprobs (detached, perhaps): there is nothing to train on")
+    gradients = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)]
+    return float(loss.detach()), dict(metrics), [g.reshape(len(g), -1) for g in gradients]
 
 
 def finish_custom(request: PassRequest, logprobs: list[torch.Tensor], loss: float, metrics: dict[str, float]) -> None:

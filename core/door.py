@@ -35,7 +35,21 @@ def check_config(loss_fn: str, loss_fn_config: Mapping[str, float] | None) -> di
             raise ValueError(f"loss_fn_config of {loss_fn} has no key '{key}', it knows {sorted(defaults) or 'none'}")
         if not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
             raise ValueError(f"loss_fn_config['{key}'] is {value!r}, expected a finite number")
-    return {**defaults, **given}
+    config = {**defaults, **given}
+    _check_bounds(config)
+    return config
+
+
+def _check_bounds(config: Mapping[str, float]) -> None:
+    """The thresholds are bounds of the ratio itself, not distances from 1; a negative beta would push away from q."""
+    low, high = config.get("clip_low_threshold", 0.0), config.get("clip_high_threshold", 1.0)
+    if not 0 <= low <= high:
+        raise ValueError(
+            f"loss_fn_config has clip_low_threshold={low:g} and clip_high_threshold={high:g},"
+            " expected bounds of the ratio: 0 <= low <= high"
+        )
+    if config.get("beta", 0.0) < 0:
+        raise ValueError(f"loss_fn_config['beta'] is {config['beta']!r}, expected a number from 0 on")
 
 
 def check_adam(adam: AdamParams) -> None:

@@ -17,6 +17,7 @@ from tests.tiny import CONTEXT, VOCAB, assert_close, datum, flat, new_client
 pytestmark = pytest.mark.usefixtures("one_thread")
 RL = {"logprobs": [-1.0] * 3, "advantages": [1.0] * 3}
 LOSSES = "cross_entropy, importance_sampling, ppo, cispo, dro, gspo"
+RATIO = "expected bounds of the ratio: 0 <= low <= high"
 NAN, INF = float("nan"), float("inf")
 
 
@@ -88,6 +89,10 @@ BAD_CONFIGS: list[tuple[str, dict | None, str]] = [
     ("cross_entropy", {"beta": 0.1}, "loss_fn_config of cross_entropy has no key 'beta', it knows none"),
     ("dro", {"beta": NAN}, "loss_fn_config['beta'] is nan, expected a finite number"),
     ("dro", {"beta": "0.1"}, "loss_fn_config['beta'] is '0.1', expected a finite number"),
+    ("dro", {"beta": -0.1}, "loss_fn_config['beta'] is -0.1, expected a number from 0 on"),
+    ("ppo", {"clip_low_threshold": 2.0}, f"loss_fn_config has clip_low_threshold=2 and clip_high_threshold=1.2, {RATIO}"),
+    ("cispo", {"clip_high_threshold": -1}, f"loss_fn_config has clip_low_threshold=0 and clip_high_threshold=-1, {RATIO}"),
+    ("gspo", {"clip_low_threshold": -3e-4}, f"loss_fn_config has clip_low_threshold=-0.0003 and clip_high_threshold=1.0004, {RATIO}"),
 ]
 
 

@@ -385,15 +385,18 @@ def test_a_custom_loss_that_ignores_a_datum_gives_it_no_gradient(client: Trainin
 
 
 @pytest.mark.parametrize("token_budget", [1024, 8])
-def test_a_custom_loss_that_is_no_finite_scalar_is_refused_and_nothing_accumulates(
+def test_a_custom_loss_that_nothing_can_be_learned_from_is_refused_and_nothing_accumulates(
     client: TrainingClient, token_budget: int
 ) -> None:
     client.engine.token_budget = token_budget
+    constant = r"the custom loss does not depend on the logprobs \(detached, perhaps\): there is nothing to train on"
     for result, line in [
         (lambda lp: (lp[0].sum() * float("nan"), {}), "the custom loss is nan, expected a finite number"),
         (lambda lp: (lp[0].sum() * float("inf"), {}), "the custom loss is -inf, expected a finite number"),
         (lambda lp: (lp[0], {}), "the custom loss returned tensor"),
         (lambda lp: (1.5, {}), r"the custom loss returned 1.5, expected \(scalar tensor, metrics\)"),
+        (lambda lp: (lp[0].detach().sum(), {}), f"{constant}$"),
+        (lambda lp: (torch.ones((), requires_grad=True) * 2, {}), f"{constant}$"),
     ]:
         with pytest.raises(ValueError, match=f"^{line}"):
             client.forward_backward_custom(data((5, 7)), lambda _, lp, result=result: result(lp)).result()

@@ -164,6 +164,13 @@ def test_steps_that_are_not_finite_are_named(wire: Wire, model: str) -> None:
         assert reply.status_code == 422 and "adam_params.learning_rate" in reply.json()["detail"]
 
 
+def test_steps_that_would_spoil_the_weights_are_their_owners_fault(wire: Wire, model: str) -> None:
+    forward_backward(wire, model, 1, data([8]))
+    assert refused(wire, wire.step(model, 2, eps=0)) == "eps is 0.0, expected a number above 0 (in fp32)"
+    assert refused(wire, wire.step(model, 3, weight_decay=-0.1)) == "weight_decay is -0.1, expected a number from 0 on"
+    assert wire.result(wire.step(model, 4))["metrics"]["grad_norm:mean"] > 0
+
+
 def test_weights_that_diverge_are_their_owners_fault(wire: Wire, session: str, model: str) -> None:
     forward_backward(wire, model, 1, data([8]))
     settled(wire, wire.step(model, 2, learning_rate=1e30))

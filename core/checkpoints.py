@@ -11,20 +11,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
+from core import peft_adapter
 from core.datum import LoraConfig
 from core.lora import ALPHA, Adapter
+from core.peft_adapter import BAD_JSON, PREFIX, DamagedCheckpoint, read_tensors
 
 FORMAT = 1
 KINDS = ("weights", "sampler_weights", "external_weights")
-_PREFIX = "base_model.model."
-_BAD_JSON = (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError)
-
-
-class DamagedCheckpoint(ValueError):
-    """Files are missing or unreadable."""
 
 
 def resolve(path: str | Path, store: Path) -> Path:
@@ -105,8 +100,8 @@ def write_peft(adapter: Adapter, directory: Path, base_model: str) -> None:
     """The files that `PeftModel.from_pretrained` reads as they are."""
     tensors, modules = {}, set()
     for name, a, b in adapter.factors():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = a.contiguous()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = b.contiguous()
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = a.contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = b.contiguous()
         modules.add(name.rsplit(".", 1)[-1])
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {
@@ -131,38 +126,30 @@ def read_state(directory: Path) -> dict:
             raise ValueError(f"{directory} has checkpoint format {state['format']}, this version reads {FORMAT}")
         state["lora"] = LoraConfig(**state["lora"])
         return state
-    except (OSError, *_BAD_JSON) as error:
+    except (OSError, *BAD_JSON) as error:
         raise DamagedCheckpoint(f"checkpoint {directory} is damaged: state.json: {error!r}") from error
 
 
 def read_lora_config(directory: Path) -> LoraConfig:
-    """The geometry of a checkpoint of ours, or of a PEFT adapter directory with alpha 32."""
+    """The geometry of a checkpoint of ours, or of a PEFT adapter's directory."""
     if (directory / "state.json").exists():
         return read_state(directory)["lora"]
-    try:
-        config = json.loads((directory / "adapter_config.json").read_text())
-        rank, alpha, modules = config["r"], config["lora_alpha"], set(config["target_modules"])
-    except (OSError, *_BAD_JSON) as error:
-        raise DamagedCheckpoint(f"{directory} is no adapter directory: adapter_config.json: {error!r}") from error
-    if alpha != ALPHA or config.get("use_rslora") or config.get("rank_pattern") or config.get("alpha_pattern"):
-        raise ValueError(f"{directory}: lora_alpha={alpha} (scaled per module or not); this engine needs plain lora_alpha=32")
-    kinds = ({"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}, {"lm_head"})
-    attn, mlp, unembed = (bool(modules & kind) for kind in kinds)
-    return LoraConfig(rank=rank, train_attn=attn, train_mlp=mlp, train_unembed=unembed)
+    return peft_adapter.read_geometry(directory)
 
 
 def read_base_model(directory: Path) -> str:
     """The name of the base model that an adapter directory was trained on."""
     try:
         return str(json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"])
-    except (OSError, *_BAD_JSON) as error:
+    except (OSError, *BAD_JSON) as error:
         raise DamagedCheckpoint(f"checkpoint {directory} is damaged: adapter_config.json: {error!r}") from error
 
 
 def load(adapter: Adapter, directory: Path, base_model: str, base_fingerprint: str, with_optimizer: bool) -> None:
     """Fill `adapter`, which must have the checkpoint's geometry; what it had accumulated is dropped.
 
-    Raises DamagedCheckpoint, or ValueError with both sides, before anything is changed.
+    Raises DamagedCheckpoint, or ValueError with both sides, before anything is changed. PEFT's directories say only a name
+    of their base: another one is told in the log.
     """
     ours = (directory / "state.json").exists()
     if ours:
@@ -174,23 +161,10 @@ def load(adapter: Adapter, directory: Path, base_model: str, base_fingerprint: s
             )
     elif with_optimizer:
         raise ValueError(f"{directory} has no optimizer state (no state.json): load its weights alone")
-    tensors = _read(directory / "adapter_model.safetensors")
-    expected = {f"{_PREFIX}{name}.lora_{x}.weight" for name, _, _ in adapter.factors() for x in "AB"}
-    if set(tensors) != expected:
-        odd = sorted(set(tensors) ^ expected)
-        raise ValueError(f"checkpoint {directory} and this adapter differ in {len(odd)} tensors, first {odd[0]}")
-    for name, a, b in adapter.factors():
-        for view, key in ((a, "A"), (b, "B")):
-            tensor = tensors[f"{_PREFIX}{name}.lora_{key}.weight"]
-            if tensor.shape != view.shape:
-                raise ValueError(
-                    f"checkpoint {directory}: {name} lora_{key} is {list(tensor.shape)}, this adapter has {list(view.shape)}"
-                )
+    params = _read_params(adapter, directory) if ours else peft_adapter.read_params(adapter, directory, base_model)
     moments = _read_moments(directory, adapter) if with_optimizer else {}
     adapter.make_own()
-    for name, a, b in adapter.factors():
-        for view, key in ((a, "A"), (b, "B")):
-            view.copy_(tensors[f"{_PREFIX}{name}.lora_{key}.weight"])
+    adapter.params.copy_(params)
     adapter.version += 1
     adapter.clear_grad()
     if with_optimizer:
@@ -206,18 +180,29 @@ def load(adapter: Adapter, directory: Path, base_model: str, base_fingerprint: s
         adapter.step = 0
 
 
+def _read_params(adapter: Adapter, directory: Path) -> torch.Tensor:
+    """The parameters [num_rows, rank] of a checkpoint of ours, which has every tensor of `adapter` and no other."""
+    tensors = read_tensors(directory / "adapter_model.safetensors")
+    expected = {f"{PREFIX}{name}.lora_{x}.weight" for name, _, _ in adapter.factors() for x in "AB"}
+    if set(tensors) != expected:
+        odd = sorted(set(tensors) ^ expected)
+        raise ValueError(f"checkpoint {directory} and this adapter differ in {len(odd)} tensors, first {odd[0]}")
+    params = torch.empty(adapter.params.shape)
+    for name, a, b in adapter.factors(params):
+        for view, key in ((a, "A"), (b, "B")):
+            tensor = tensors[f"{PREFIX}{name}.lora_{key}.weight"]
+            if tensor.shape != view.shape:
+                raise ValueError(
+                    f"checkpoint {directory}: {name} lora_{key} is {list(tensor.shape)}, this adapter has {list(view.shape)}"
+                )
+            view.copy_(tensor)
+    return params
+
+
 def _read_moments(directory: Path, adapter: Adapter) -> dict[str, torch.Tensor]:
-    moments = _read(directory / "optimizer.safetensors")
+    moments = read_tensors(directory / "optimizer.safetensors")
     shapes = {key: list(tensor.shape) for key, tensor in moments.items()}
     if not {"exp_avg", "exp_avg_sq"} <= shapes.keys() or any(s != list(adapter.params.shape) for s in shapes.values()):
         expected = f"exp_avg and exp_avg_sq of {list(adapter.params.shape)}"
         raise DamagedCheckpoint(f"checkpoint {directory} is damaged: optimizer.safetensors holds {shapes}, expected {expected}")
     return moments
-
-
-def _read(file: Path) -> dict[str, torch.Tensor]:
-    try:
-        with safe_open(file, framework="pt") as reader:
-            return {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118
-    except Exception as error:  # safetensors raises its own, OSError or a Rust panic's RuntimeError
-        raise DamagedCheckpoint(f"checkpoint {file.parent} is damaged: {file.name}: {error}") from error

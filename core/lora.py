@@ -97,6 +97,16 @@ class Weights:
         return ALPHA / self.config.rank
 
 
+def fresh_params(config: LoraConfig, geometry: Geometry) -> torch.Tensor:
+    """Parameters [num_rows, rank] of a new adapter, on the CPU: A uniform in +-1/sqrt(d_in) by the seed, B zero."""
+    params = torch.zeros(geometry.num_rows, config.rank)
+    generator = torch.Generator().manual_seed(config.seed)
+    for rows in geometry.sites.values():
+        bound = rows.site.d_in**-0.5
+        params[rows.a].uniform_(-bound, bound, generator=generator)
+    return params
+
+
 _serials = itertools.count()
 
 
@@ -107,12 +117,7 @@ class Adapter:
         if config.rank < 1:
             raise ValueError(f"rank is {config.rank}, expected at least 1")
         self.config, self.geometry = config, geometry
-        self.params = torch.zeros(geometry.num_rows, config.rank)
-        generator = torch.Generator().manual_seed(config.seed)
-        for rows in geometry.sites.values():
-            bound = rows.site.d_in**-0.5
-            self.params[rows.a].uniform_(-bound, bound, generator=generator)
-        self.params = self.params.to(device)
+        self.params = fresh_params(config, geometry).to(device)
         self._grad = torch.empty_like(self.params)
         self._grad_is_zero = True  # whatever the buffer holds: clearing it costs nothing, and the first addition is a copy
         self.exp_avg = torch.zeros_like(self.params)
@@ -215,12 +220,13 @@ class Adapter:
         self.clear_grad()
         return {"grad_norm:mean": norm}
 
-    def factors(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        """(module path, A [rank, d_in], B [d_out, rank]) of every adapted matrix, as views."""
+    def factors(self, params: torch.Tensor | None = None) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """(module path, A [rank, d_in], B [d_out, rank]) of every adapted matrix, as views of `params` (None: its own)."""
+        params = self.params if params is None else params
         for rows in self.geometry.sites.values():
-            stacked_a = self.params[rows.a].view(rows.site.d_in, len(rows.site.matrices), -1)
+            stacked_a = params[rows.a].view(rows.site.d_in, len(rows.site.matrices), -1)
             for i, (matrix, b) in enumerate(zip(rows.site.matrices, rows.b, strict=True)):
-                yield matrix.name, stacked_a[:, i].T, self.params[b]
+                yield matrix.name, stacked_a[:, i].T, params[b]
 
 
 @dataclass

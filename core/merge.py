@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from core.checkpoints import DamagedCheckpoint, read_lora_config
-from core.lora import ALPHA
+from core.peft_adapter import read_peft_config, scale_of
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _PREFIX = "base_model.model."
@@ -40,7 +40,9 @@ class Merged:
         self.base, self.adapter = base, adapter
         self.config: dict = json.loads((base / "config.json").read_text(encoding="utf-8"))
         self._file_of = _files(base)
-        self.scale = ALPHA / read_lora_config(adapter).rank if adapter else 0.0
+        if adapter:
+            read_lora_config(adapter)  # refuses what is no plain LoRA
+            self._peft_config = read_peft_config(adapter)
         self._adapted = _adapted(adapter) if adapter else set()
         self.tied = bool(self.config.get("tie_word_embeddings")) and "lm_head" not in self._adapted
         lacking = sorted(name for name in self._adapted if self._source(f"{name}.weight") not in self._file_of)
@@ -85,7 +87,7 @@ class Merged:
             a, b = self._factors(module)
             if (b.shape[0], a.shape[1]) != tuple(weight.shape):
                 raise ValueError(f"{name} is {list(weight.shape)} in {self.base}, the adapter's is {[b.shape[0], a.shape[1]]}")
-            return weight.float().addmm_(b.float(), a.float(), alpha=self.scale).to(weight.dtype)
+            return weight.float().addmm_(b.float(), a.float(), alpha=scale_of(self._peft_config, len(a))).to(weight.dtype)
 
     def _factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.adapter is not None

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
+from core import AdamParams, DamagedCheckpoint, TrainingClient
+from core.merge import Merged
 from tests.tiny import (
     KINDS,
     assert_gradients_equal,
@@ -89,27 +94,134 @@ def test_only_the_asked_matrices_are_trained(tmp_path: Path) -> None:
         new_client(tmp_path, train_attn=False, train_mlp=False, train_unembed=False)
 
 
-def test_an_adapter_made_by_peft_loads_as_it_is(tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
+def made_by_peft(directory: Path, **config) -> PeftModel:
+    """Random A and B of rank 4, saved as PEFT saves them."""
+    theirs = get_peft_model(base_model("llama"), LoraConfig(**{"r": 4, "init_lora_weights": False, **config})).eval()
+    theirs.save_pretrained(directory)
+    return theirs
 
-    config = LoraConfig(
-        r=5, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], init_lora_weights=False
-    )
-    theirs = get_peft_model(base_model("llama"), config)
-    theirs.save_pretrained(tmp_path / "theirs")
 
-    client = service_at(tmp_path).create_training_client_from_state(tmp_path / "theirs", str(tiny_model_dir())).result()
-    batch = data([30])
+def loaded(store: Path, adapter: Path) -> TrainingClient:
+    return service_at(store).create_training_client_from_state(adapter, str(tiny_model_dir())).result()
+
+
+ATTENTION = r".*\.(q_proj|k_proj|v_proj|o_proj)"
+MADE_BY_PEFT = {
+    "two matrices of a kind, alpha 16": ({"target_modules": ["q_proj", "v_proj"], "lora_alpha": 16}, 0.5),
+    "two matrices of a kind, alpha 32": ({"target_modules": ["q_proj", "v_proj"], "lora_alpha": 32}, 1),
+    "all-linear, alpha 16": ({"target_modules": "all-linear", "lora_alpha": 16}, 0.5),
+    "all-linear, alpha 32": ({"target_modules": "all-linear", "lora_alpha": 32}, 1),
+    "a pattern": ({"target_modules": ATTENTION, "lora_alpha": 32}, 1),
+    "every kind, an odd rank and alpha": ({"target_modules": ".*(up_proj|q_proj)", "r": 5, "lora_alpha": 24}, 0.75),
+    "rslora": ({"target_modules": ["o_proj"], "lora_alpha": 8, "use_rslora": True}, 0.5),
+    "one layer of two": ({"target_modules": ["down_proj"], "layers_to_transform": [1], "lora_alpha": 64}, 2),
+    "ranks of their own": ({"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 8}, "lora_alpha": 32}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "factor"), MADE_BY_PEFT.values(), ids=MADE_BY_PEFT)
+def test_an_adapter_made_by_peft_computes_what_peft_computes(config: dict, factor: float | None, tmp_path: Path) -> None:
+    theirs, batch = made_by_peft(tmp_path / "theirs", **config), data([30])
+    client = loaded(tmp_path, tmp_path / "theirs")
     ours = client.forward(batch, "cross_entropy").result().loss_fn_outputs[0]["logprobs"]
     with torch.no_grad():
-        torch.testing.assert_close(ours, logprobs_of(theirs.eval(), batch[0]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours, logprobs_of(theirs, batch[0]), rtol=1e-5, atol=1e-5)
+        assert (ours - logprobs_of(base_model("llama"), batch[0])).abs().mean() > 0.01
+    for name, (a, b) in factors(client).items():
+        assert a.abs().max() > 0
+        layer = theirs.base_model.model.get_submodule(name)
+        if not hasattr(layer, "lora_A"):
+            assert not b.any()
+        elif factor is not None:
+            assert torch.equal(a, layer.lora_A["default"].weight)
+            assert torch.equal(b, factor * layer.lora_B["default"].weight)
+    client.forward_backward(batch, "cross_entropy").result()
+    client.optim_step(AdamParams(1e-3)).result()
     client.close()
 
 
-def test_an_adapter_of_another_scale_is_refused(tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
+def test_an_adapter_made_by_peft_is_saved_and_merged_as_it_was(tmp_path: Path) -> None:
+    theirs, batch = made_by_peft(tmp_path / "theirs", target_modules=["q_proj", "up_proj"], lora_alpha=16), data([30])
+    client = loaded(tmp_path, tmp_path / "theirs")
+    saved = client.save_state("a").result()
+    with torch.no_grad():
+        expected = logprobs_of(theirs, batch[0])
+        torch.testing.assert_close(logprobs_of(peft_model(saved.directory), batch[0]), expected, rtol=1e-5, atol=1e-5)
+    merged = Merged(tiny_model_dir(), tmp_path / "theirs")
+    whole = theirs.merge_and_unload().state_dict()
+    for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight"):
+        torch.testing.assert_close(merged.read(name), whole[name], rtol=1e-5, atol=1e-6)
+    (Path(saved.directory) / "state.json").unlink()
+    again = loaded(tmp_path, Path(saved.directory))
+    assert torch.equal(again.adapter.params, client.adapter.params)
+    client.forward_backward(batch, "cross_entropy").result()
+    client.optim_step(AdamParams(1e-2)).result()
+    assert not torch.equal(again.adapter.params, client.adapter.params)
+    client.load_state(tmp_path / "theirs").result()
+    assert torch.equal(again.adapter.params, client.adapter.params)  # also what the file does not hold
+    for one in (client, again):
+        one.close()
 
-    config = LoraConfig(r=5, lora_alpha=16, target_modules=["q_proj"])
-    get_peft_model(base_model("llama"), config).save_pretrained(tmp_path / "theirs")
-    with pytest.raises(ValueError, match=r"lora_alpha=16 .* needs plain lora_alpha=32"):
-        service_at(tmp_path).create_training_client_from_state(tmp_path / "theirs").result()
+
+def test_a_base_of_another_name_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made_by_peft(tmp_path / "theirs", target_modules=["q_proj"])
+    edit(tmp_path / "theirs", base_model_name_or_path="some/model")
+    loaded(tmp_path, tmp_path / "theirs").close()
+    assert caplog.messages == [
+        f"{tmp_path / 'theirs'} was made on some/model: whether {tiny_model_dir()} has the same weights cannot be checked"
+    ]
+
+
+def edit(directory: Path, **values: object) -> None:
+    file = directory / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+NO_PLAIN_LORA: list[tuple[dict, dict, str]] = [  # made with, then written into its configuration, what is said
+    ({"use_dora": True}, {}, "{theirs} is not plain LoRA: use_dora=True"),
+    ({"bias": "lora_only"}, {}, "{theirs} is not plain LoRA: bias='lora_only'"),
+    ({"modules_to_save": ["lm_head"]}, {}, "{theirs} is not plain LoRA: modules_to_save=['lm_head']"),
+    ({"alpha_pattern": {"q_proj": 4}}, {}, "{theirs} is not plain LoRA: alpha_pattern={{'q_proj': 4}}"),
+    ({"init_lora_weights": "pissa"}, {}, "{theirs} is not plain LoRA: init_lora_weights='pissa'"),
+    ({}, {"peft_type": "IA3"}, "{theirs} is not plain LoRA: peft_type='IA3'"),
+    ({}, {"r": 8}, "{theirs}: model.layers.0.self_attn.q_proj has rank 4, adapter_config.json says [8]"),
+    (
+        {"target_modules": ["q_proj", "embed_tokens"]}, {},
+        "{theirs} adapts model.embed_tokens; this engine adapts"
+        " q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head",
+    ),
+    (
+        {"target_modules": ["lm_head"]}, {},
+        "{theirs} holds base_model.model.lm_head.base_layer.weight, which is no factor of a plain LoRA;"
+        " to leave the base's own out, save it with save_embedding_layers=False",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "edits", "message"), NO_PLAIN_LORA)
+def test_what_is_no_plain_lora_is_refused_by_name(config: dict, edits: dict, message: str, tmp_path: Path) -> None:
+    made_by_peft(tmp_path / "theirs", **{"target_modules": ["q_proj"], **config})
+    edit(tmp_path / "theirs", **edits)
+    with pytest.raises(ValueError) as error:
+        loaded(tmp_path, tmp_path / "theirs")
+    assert str(error.value) == message.format(theirs=tmp_path / "theirs")
+
+
+def test_an_adapter_of_a_wider_or_deeper_base_is_refused(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    made_by_peft(theirs, target_modules=["q_proj"])
+    file = theirs / "adapter_model.safetensors"
+    tensors, name = load_file(file), "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file({**tensors, name: torch.zeros(4, 48)}, file)
+    with pytest.raises(ValueError) as error:
+        loaded(tmp_path, theirs)
+    assert str(error.value) == (
+        f"{theirs}: model.layers.0.self_attn.q_proj lora_A is [4, 48], {tiny_model_dir()} needs [4, 32]"
+    )
+    save_file({key.replace("layers.1", "layers.2"): tensor for key, tensor in tensors.items()}, file)
+    with pytest.raises(ValueError) as error:
+        loaded(tmp_path, theirs)
+    assert str(error.value) == f"{theirs} adapts model.layers.2.self_attn.q_proj, which {tiny_model_dir()} does not have"
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, file)
+    with pytest.raises(DamagedCheckpoint, match=f"^checkpoint {theirs} is damaged: adapter_model.safetensors lacks '{name}'$"):
+        loaded(tmp_path, theirs)

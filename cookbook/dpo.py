@@ -17,7 +17,7 @@ from cookbook.preferences import AnyUnit, PreferenceData
 from cookbook.renderers import Renderer, load_renderer
 from cookbook.run import Run, RunConfig
 from cookbook.schedule import adam_at, peak_learning_rate, total_steps
-from cookbook.service import check_context, connect, new_trainer, opened, resumed
+from cookbook.service import check_context, check_vocabulary, connect, new_trainer, opened, resumed
 from core import Datum, ForwardBackwardOutput, Future, OptimStepOutput
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ class Session(Generic[AnyUnit]):
         self.reference = opened(reference) if reference else None
         info = self.trainer.get_info()
         check_context(config.max_length, info)
+        check_vocabulary(renderer.tokenizer, info)
         self._budget, self._shares_prompts = info.token_budget, info.device.startswith("cpu")
         self.num_steps = total_steps(config.steps, config.epochs, self.data.epoch_steps)
         self._peak = peak_learning_rate(config.learning_rate, config.optim, info, "dpo")

@@ -22,7 +22,7 @@ from cookbook.rollout_metrics import eval_metrics, kind_of, step_metrics
 from cookbook.rollouts import Group, Limits, Rollouts
 from cookbook.run import Run, RunConfig
 from cookbook.schedule import peak_learning_rate
-from cookbook.service import connect, new_trainer, opened, resumed
+from cookbook.service import check_vocabulary, connect, new_trainer, opened, resumed
 from core import Datum, ForwardBackwardOutput, ModelInfo, SamplingParams
 from envs.env import Problem
 
@@ -111,6 +111,7 @@ class Session:
         renderer = load_renderer(config.model)  # while the model loads
         self.trainer = found[1] if found else opened(loading)
         info = self.trainer.get_info()
+        check_vocabulary(renderer.tokenizer, info)
         self.reference = self._open_reference(service) if config.kl_penalty else None
         self.peak_learning_rate = peak_learning_rate(config.learning_rate, config.optim, info, "rl")
         params = SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature, stop=renderer.stop)

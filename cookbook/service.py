@@ -10,6 +10,8 @@ from cookbook.config import EngineConfig, LoraConfig, ModelConfig
 from cookbook.errors import UsageError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from cookbook.checkpoints import CheckpointRow
     from cookbook.remote import RemoteSampler, RemoteService, RemoteTrainer
     from cookbook.run import Run
@@ -137,6 +139,16 @@ def check_context(max_length: int, info: ModelInfo) -> None:
         raise UsageError(
             f"max_length={max_length}, but the context of {info.base_model} is {info.max_length} tokens:"
             f" set max_length={info.max_length} or less"
+        )
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerFast, info: ModelInfo) -> None:
+    """Refuse a tokenizer with ids beyond the embedding, before one of them comes up in a row."""
+    last = max(tokenizer.get_vocab().values())
+    if last >= info.vocab_size:
+        raise UsageError(
+            f"the tokenizer of {info.base_model} has token ids up to {last}, but its embedding has {info.vocab_size} rows:"
+            " they are not of one model, or the embedding was not resized; fetch or convert it again"
         )
 
 

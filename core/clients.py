@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 
 from core import checkpoints
 from core.datum import AdamParams, Datum, ForwardBackwardOutput, LoraConfig, ModelInfo, OptimStepOutput, SaveOutput
-from core.door import check_adam, check_config, check_custom, check_data
+from core.door import check_adam, check_config, check_custom, check_data, check_rank
 from core.engine import Engine, Tenant
 from core.futures import Future
 from core.lora import Adapter
@@ -133,7 +133,9 @@ class TrainingClient:
         key, self.engine = _acquire(base_model, service.options)
         self.tenant = self.engine.join()
         try:
-            self.adapter = self.tenant.adapter = Adapter(config, self.engine.geometry(config), self.engine.device)
+            geometry = self.engine.geometry(config)
+            check_rank(config.rank, geometry)
+            self.adapter = self.tenant.adapter = Adapter(config, geometry, self.engine.device)
         except BaseException:
             _release(key, self.engine, self.tenant, None)
             raise

@@ -10,7 +10,10 @@ from numbers import Real
 import torch
 
 from core.datum import AdamParams, Datum, TensorLike
+from core.lora import Geometry
 from core.losses import LOSSES
+
+MAX_RANK = 512
 
 
 @dataclass
@@ -63,6 +66,16 @@ def check_adam(adam: AdamParams) -> None:
             low, high, expected = 0.0, float("inf"), "a number from 0 on"
         if not isinstance(value, Real) or not low <= value < high:
             raise ValueError(f"{key} is {value!r}, expected {expected}")
+
+
+def check_rank(rank: int, geometry: Geometry) -> None:
+    """A rank above the full one of every matrix trains nothing more; up to MAX_RANK it is taken on small models too."""
+    matrices = [(rows.site.d_in, matrix.d_out) for rows in geometry.sites.values() for matrix in rows.site.matrices]
+    full = max(min(sides) for sides in matrices)
+    if rank > max(full, MAX_RANK):
+        raise ValueError(
+            f"rank is {rank}, expected at most {max(full, MAX_RANK)}: no matrix of this model has more than rank {full}"
+        )
 
 
 def check_data(data: Sequence[Datum], loss_fn: str, vocab_size: int, max_length: int) -> list[Sequenced]:

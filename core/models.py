@@ -27,7 +27,10 @@ class ModelNotFound(ValueError):
 def local_model(name: str) -> str:
     """Where transformers finds the model `name`: a directory (GGUF files are converted first), else the hub id itself."""
     if packed := gguf_file(name):
-        return str(converted(packed))
+        try:
+            return str(converted(packed))
+        except Exception as error:  # broken bytes lead the reader anywhere; a disk without room comes here too
+            raise ModelNotFound(f"model '{name}' cannot be loaded: {_first_line(error)}") from error
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").exists():
@@ -95,14 +98,13 @@ def load_base(name: str, dtype: torch.dtype, device: torch.device) -> PreTrained
             local_files_only=offline, adapter_kwargs={"local_files_only": offline},  # the latter does not follow by itself
         )  # fmt: skip
         model, found = loaded
-        _refuse_incomplete(found)
+        _refuse_incomplete(model, found)
     except (OSError, ValueError, SafetensorError) as error:
-        first_line = str(error).strip().splitlines()[0]
         if source != name or Path(source).is_dir():
-            raise ModelNotFound(f"model '{name}' at {source} cannot be loaded: {first_line}") from error
+            raise ModelNotFound(f"model '{name}' at {source} cannot be loaded: {_first_line(error)}") from error
         raise ModelNotFound(
             f"model '{name}' is not in the local cache and could not be fetched"
-            f" (no such id, no access, or no network): {first_line}"
+            f" (no such id, no access, or no network): {_first_line(error)}"
         ) from error
     finally:
         logging.enable_progress_bar()
@@ -110,8 +112,16 @@ def load_base(name: str, dtype: torch.dtype, device: torch.device) -> PreTrained
     return model.requires_grad_(False).eval()
 
 
-def _refuse_incomplete(found: dict) -> None:
-    """transformers makes up a weight that the files lack, with a warning at most."""
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def _refuse_incomplete(model: PreTrainedModel, found: dict) -> None:
+    """transformers makes up a weight that the files lack, with a warning at most, and builds a decoder of anything."""
+    needed, saved = type(model).__name__, model.config.architectures or []
+    if found["missing_keys"] and saved and needed not in saved:
+        lacks = f"it lacks {len(found['missing_keys'])} weights of {needed}"
+        raise ValueError(f"config.json says {saved[0]}, which is no decoder with a head for tokens ({lacks})")
     misshapen = {key for key, *_ in found["mismatched_keys"]}
     for what, names in (("missing", found["missing_keys"]), ("of another shape", misshapen)):
         if names:

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 
 from core.datum import LoraConfig
-from core.lora import ALPHA, Adapter, fresh_params
+from core.lora import Adapter, fresh_params
 
 log = logging.getLogger("cook.engine")
 PREFIX = "base_model.model."

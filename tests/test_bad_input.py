@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -29,7 +30,7 @@ from tests.small_runs import (
     train,
     write_rows,
 )
-from tests.tiny import CONTEXT, tiny_model_dir, tiny_tokenizer
+from tests.tiny import CONTEXT, VOCAB, tiny_model_dir, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENIZER = tiny_tokenizer()
@@ -248,6 +249,54 @@ def test_weights_that_are_cut_short_incomplete_or_of_another_shape(
     )
 
 
+def test_a_model_that_is_no_decoder(tmp_path: Path, rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import BertConfig, BertModel
+
+    model = tmp_path / "bert"
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=VOCAB, **sizes)).save_pretrained(model)
+    TOKENIZER.save_pretrained(model)
+    assert refusal(capsys, tmp_path / "run", rows, model_name=model) == (
+        f"model '{model}' at {model} cannot be loaded: config.json says BertModel, which is no decoder with a head for tokens"
+        " (it lacks 6 weights of BertLMHeadModel)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "cannot mmap an empty file"),
+        (b"GGUF" + bytes(500), "{file} is GGUF v0; this reader handles v2 and v3."),
+        (b"no such thing", "{file} does not start with the GGUF magic bytes, so it is not a GGUF file."),
+    ],
+)
+def test_a_gguf_file_that_cannot_be_read(
+    tmp_path: Path, rows: Path, content: bytes, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "broken.gguf"
+    file.write_bytes(content)
+    assert train(tmp_path / "run", rows, model_name=file) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("converting broken.gguf")]
+    assert said == [f"error: model '{file}' cannot be loaded: {why.format(file=file)}"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows(
+    tmp_path: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = copy_of_the_model(tmp_path / "model")
+    file, config = model / "model.safetensors", model / "config.json"
+    ids = {"vocab_size": 250, "pad_token_id": None, "eos_token_id": None}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **ids}))
+    cut = {key: t[:250].contiguous() if len(t) == VOCAB else t for key, t in load_file(file).items()}
+    save_file(cut, file, metadata={"format": "pt"})
+    (model / "generation_config.json").unlink()
+    assert refusal(capsys, tmp_path / "run", rows, model_name=model) == (
+        f"the tokenizer of {model} has token ids up to {VOCAB - 1}, but its embedding has 250 rows:"
+        " they are not of one model, or the embedding was not resized; fetch or convert it again"
+    )
+
+
 def test_a_directory_without_a_tokenizer(tmp_path: Path, rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = copy_of_the_model(tmp_path / "model")
     (model / "tokenizer.json").unlink()
@@ -289,6 +338,7 @@ def test_a_hub_model_without_a_network_is_told_at_once(tmp_path: Path, rows: Pat
         ({"batch_size": 0}, "batch_size=0 must be at least 1, data.eval_rows=6 at least 0"),
         ({"max_length": 1}, "max_length=1: a sequence needs at least 2 tokens"),
         ({"lora_rank": 0}, "rank is 0, expected at least 1"),
+        ({"lora_rank": 100_000}, "rank is 100000, expected at most 512: no matrix of this model has more than rank 32"),
         (
             {"lora_train_attn": False, "lora_train_mlp": False, "lora_train_unembed": False},
             "train_attn, train_mlp and train_unembed are all false: nothing to train",

@@ -29,6 +29,7 @@ from tests.tiny import (
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`", "ignore:Model has `tie_word_embeddings"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
 ]
 LENGTHS = [1, 2, 15, 16, 17, 40]
 
@@ -187,13 +188,13 @@ NO_PLAIN_LORA: list[tuple[dict, dict, str]] = [  # made with, then written into 
     ({}, {"r": 8}, "{theirs}: model.layers.0.self_attn.q_proj has rank 4, adapter_config.json says [8]"),
     (
         {"target_modules": ["q_proj", "embed_tokens"]}, {},
-        "{theirs} adapts model.embed_tokens; this engine adapts"
-        " q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head",
+        ("{theirs} adapts model.embed_tokens; this engine adapts"
+         " q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head"),
     ),
     (
         {"target_modules": ["lm_head"]}, {},
-        "{theirs} holds base_model.model.lm_head.base_layer.weight, which is no factor of a plain LoRA;"
-        " to leave the base's own out, save it with save_embedding_layers=False",
+        ("{theirs} holds base_model.model.lm_head.base_layer.weight, which is no factor of a plain LoRA;"
+         " to leave the base's own out, save it with save_embedding_layers=False"),
     ),
 ]  # fmt: skip
 

@@ -24,7 +24,7 @@ from cookbook.memory import peak_memory_gb
 from cookbook.renderers import load_renderer
 from cookbook.run import Run
 from cookbook.schedule import adam_at, peak_learning_rate, total_steps
-from cookbook.service import check_context, connect, new_trainer, opened, resumed
+from cookbook.service import check_context, check_vocabulary, connect, new_trainer, opened, resumed
 from core import Datum, ForwardBackwardOutput, Future, OptimStepOutput
 
 
@@ -66,6 +66,7 @@ def main(config: Config) -> None:
         trainer = found[1] if found else opened(loading)
         info = trainer.get_info()
         check_context(config.max_length, info)
+        check_vocabulary(renderer.tokenizer, info)
         num_steps = total_steps(config.steps, config.epochs, data.epoch_steps)
         peak = peak_learning_rate(config.learning_rate, config.optim, info, "sft")
         run.record("engine.token_budget", info.token_budget)

@@ -15,6 +15,7 @@ import importlib.util
 import inspect
 import math
 import sys
+import threading
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ from cookbook.keys import did_you_mean
 from envs.env import Env, Message, StepResult
 
 Scored: TypeAlias = float | None
+
+LOADING = threading.RLock()  # one file at a time: runs may be threads of a sweep, and a module under way lacks its functions
 
 
 class RewardError(ValueError):
@@ -173,7 +176,8 @@ def _load_function(spec: str) -> Callable[..., Any]:
     if not where or not name.isidentifier():
         raise UsageError(f"reward {spec}: expected file.py:function, module:function, or judge")
     try:
-        module = _load_file(Path(where).expanduser()) if where.endswith(".py") else importlib.import_module(where)
+        with LOADING:
+            module = _load_file(Path(where).expanduser()) if where.endswith(".py") else importlib.import_module(where)
     except UsageError:
         raise
     except Exception as error:

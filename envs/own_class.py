@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import random
 import sys
+import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +20,7 @@ from envs.streams import Row, check_split, generator, held_apart, read_jsonl, re
 
 Given: TypeAlias = Callable[..., Any]
 NOT_TOOLS = ("reset", "reward", "get_reward", "close")
+LOADING = threading.RLock()  # one file at a time: runs may be threads of a sweep, and a module under way lacks its classes
 
 
 @dataclass
@@ -160,7 +162,8 @@ def _load(spec: str) -> Given:
     if not where or not name.isidentifier():
         raise ValueError(f"env.cls={spec}: expected file.py:Name or module:Name")
     try:
-        module = _load_file(Path(where).expanduser()) if where.endswith(".py") else importlib.import_module(where)
+        with LOADING:
+            module = _load_file(Path(where).expanduser()) if where.endswith(".py") else importlib.import_module(where)
     except Exception as error:
         said = " ".join(str(error).split())
         raise ValueError(f"env.cls={spec}: {where} cannot be imported: {type(error).__name__}: {said}") from error

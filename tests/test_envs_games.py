@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -171,3 +172,10 @@ def test_a_game_of_textarena_is_played_to_its_end() -> None:
     sampler = ScriptedSampler(lambda prompt, params: "[7]", renderer)
     (group,) = Rollouts(renderer, PARAMS, Limits()).run([problem], sampler, 2, (0,))
     assert [t.error for t in group.trajectories] == [None] * len(group.trajectories) and group.trajectories
+
+
+def test_runs_that_are_threads_may_load_one_class_at_once(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(f"import time\ntime.sleep(0.2)\n{OURS}")
+    with ThreadPoolExecutor(4) as pool:
+        envs = list(pool.map(lambda _: first_env(own_class.Config(cls=f"{tmp_path}/slow.py:Parity")), range(4)))
+    assert len({type(env) for env in envs}) == 1

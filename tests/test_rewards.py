@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
@@ -300,3 +301,10 @@ def test_a_judge_that_cannot_be_asked_is_refused_at_the_start(config: JudgeConfi
     assert str(raised.value).startswith(message)
     with pytest.raises(UsageError, match="no reward asks the judge"):
         load_rewards("json:dumps", {}, JudgeConfig("http://x", "m"))
+
+
+def test_runs_that_are_threads_may_load_one_file_at_once(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("import time\ntime.sleep(0.2)\ndef score(completions): return [1.0]\n")
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda _: load_rewards(f"{tmp_path}/slow.py:score", {}, JudgeConfig()), range(4))
+        assert [reward.name for (reward,) in found] == ["score"] * 4

@@ -1,7 +1,7 @@
 """The jobs of a sweep: each in a process of its own, or all as threads that share one engine; watched, and stopped together.
 
-A job diverges when its loss is not finite, or has been more than twice its first value for three steps on end: it is asked to
-stop with a checkpoint. Nothing that happens to a job touches another one, and each can be resumed alone.
+A job that diverges (cookbook/divergence.py) is asked to stop with a checkpoint. Nothing that happens to a job touches another
+one, and each can be resumed alone.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
 from cookbook.compose import Composed
+from cookbook.divergence import Watch
 from cookbook.errors import UsageError
 from cookbook.run_reader import PastRun, read_run
 
-LOSSES = ("train/nll", "train/loss", "dpo/loss")
-DIVERGED_RATIO, DIVERGED_STEPS = 2.0, 3
+SHOWN = ("train/nll", "train/loss", "dpo/loss", "env/all/reward")
 LOOK_SECONDS = 0.5
 STOPPING = b"\nstopping all jobs with a checkpoint each (Ctrl-C exits at once)\n"
 
@@ -37,11 +37,11 @@ class Job:
     composed: Composed
     directory: Path
     varied: list[str]  # the words that it does not share with the others
-    diverged: bool = False
+    stopped: bool = False  # because it diverged
     stop: threading.Event = field(default_factory=threading.Event)  # of a thread
     process: subprocess.Popen[bytes] | None = None
     run: PastRun | None = None  # once there is something of it
-    losses: list[float] = field(default_factory=list)  # so far
+    watch: Watch = field(default_factory=Watch)
     last: dict[str, float] = field(default_factory=dict)  # row of metrics.jsonl
     num_read: int = 0  # bytes of metrics.jsonl
 
@@ -51,7 +51,7 @@ class Job:
             self.run = read_run(self.directory)
         if self.run is not None:
             rows, self.num_read = self.run.metrics_from(self.num_read)
-            self.losses += losses_of(rows)
+            self.watch.see(rows)
             self.last = rows[-1] if rows else self.last
 
 
@@ -182,8 +182,8 @@ def _run_quietly(job: Job) -> None:
 
 def _watch(job: Job) -> None:
     job.look()
-    if not job.diverged and has_diverged(job.losses):
-        job.diverged = True
+    if job.watch.diverged and not job.stopped:
+        job.stopped = True
         stop_job(job)
 
 
@@ -193,18 +193,6 @@ def stop_job(job: Job) -> None:
     if job.process is not None and job.process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
             job.process.send_signal(signal.SIGTERM)
-
-
-def losses_of(rows: Sequence[Mapping[str, float]]) -> list[float]:
-    return [row[name] for row in rows for name in LOSSES if name in row]
-
-
-def has_diverged(losses: Sequence[float]) -> bool:
-    """Whether one is not finite, or the last three are more than twice the first."""
-    if any(not math.isfinite(loss) for loss in losses):
-        return True
-    last = losses[-DIVERGED_STEPS:]
-    return len(losses) > DIVERGED_STEPS and min(last) > DIVERGED_RATIO * abs(losses[0])
 
 
 class _Stopping:
@@ -294,9 +282,9 @@ class _Screen:
 def _told(job: Job) -> str:
     if job.run is None:
         return "waiting"
-    losses = [f"{name.split('/')[1]} {job.last[name]:.4f}" for name in LOSSES if name in job.last]
-    state = "diverged" if job.diverged else job.run.state if job.run.state != "killed" else "starting"
-    return "  ".join([state, f"step {int(job.last.get('progress/step', 0))}", *losses])
+    values = [f"{name.rpartition('/')[2]} {job.last[name]:.4f}" for name in SHOWN if name in job.last]
+    state = "diverged" if job.watch.diverged else job.run.state if job.run.state != "killed" else "starting"
+    return "  ".join([state, f"step {int(job.last.get('progress/step', 0))}", *values])
 
 
 def final_value(directory: Path, metric: str | None) -> float | None:

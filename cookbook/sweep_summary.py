@@ -12,9 +12,10 @@ from urllib.parse import quote
 
 from cookbook import records
 from cookbook.charts import colour_class, figure, legend_of, line_chart, page
+from cookbook.divergence import has_diverged
 from cookbook.progress import duration
 from cookbook.run_reader import PastRun, falls, read_run, runs_in
-from cookbook.sweep import has_diverged, losses_of, out_of, short
+from cookbook.sweep import out_of, short
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -68,7 +69,7 @@ def summarise(directory: Path, values: list[tuple[Path, list[str]]], metric: str
 def _ended(run: PastRun, varied: str, metric: str | None) -> Ended:
     rows = run.metrics()
     values = [row[metric] for row in rows if metric in row] if metric else []
-    state = "diverged" if has_diverged(losses_of(rows)) else run.state
+    state = "diverged" if has_diverged(rows) else run.state
     return Ended(run, varied, state, values[-1] if values else None)
 
 

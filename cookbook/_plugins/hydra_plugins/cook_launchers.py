@@ -11,6 +11,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from hydra.plugins.launcher import Launcher
 
+from cookbook.errors import UsageError
+
 
 class ProcessLauncher(Launcher):
     """Each job in a fresh process: one per GPU at a time, without GPUs one at a time, or `jobs`."""
@@ -21,6 +23,9 @@ class ProcessLauncher(Launcher):
         self.jobs = jobs
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
+        if self.jobs is not None and (type(self.jobs) is not int or self.jobs < 1):
+            came = str(self.jobs).lower() if isinstance(self.jobs, bool) else self.jobs
+            raise UsageError(f"hydra.launcher.jobs={came}: expected null or a whole number of at least 1")
         self.task = task_function
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:

@@ -70,6 +70,7 @@ def sft(
 
     if many:
         return _start_many(lambda words: compose("sft", words, config_dir=config_dir), overrides, "sft", metric, cfg, dry_run)
+    _check_single(metric)
     return _start(compose("sft", overrides or [], config_dir=config_dir), cfg, dry_run)
 
 
@@ -83,6 +84,7 @@ def rl(
 
     if many:
         return _start_many(lambda words: compose("rl", words, config_dir=config_dir), overrides, "rl", metric, cfg, dry_run)
+    _check_single(metric)
     return _start(compose("rl", overrides or [], config_dir=config_dir), cfg, dry_run)
 
 
@@ -96,6 +98,7 @@ def dpo(
 
     if many:
         return _start_many(lambda words: compose("dpo", words, config_dir=config_dir), overrides, "dpo", metric, cfg, dry_run)
+    _check_single(metric)
     return _start(compose("dpo", overrides or [], config_dir=config_dir), cfg, dry_run)
 
 
@@ -113,6 +116,7 @@ def run(
 
     if many:
         return _start_many(lambda words: compose_file(file, words, config_dir), overrides, file.stem, metric, cfg)
+    _check_single(metric)
     return _start(compose_file(file, overrides or [], config_dir), cfg)
 
 
@@ -276,6 +280,11 @@ def _start(composed: Composed, cfg: str | None, dry_run: bool = False, run_dir: 
 
         return estimate(composed.recipe, composed.config)
     return launch(composed, run_dir)
+
+
+def _check_single(metric: str | None) -> None:
+    if metric is not None:
+        raise UsageError("--metric is what a sweep compares jobs by: give -m too, and a key with several values")
 
 
 def _start_many(

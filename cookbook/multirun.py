@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 ComposeJob = Callable[[list[str]], Composed]
 PRIMARY = "cook_sweep"
+OWN = ("name", "run_dir")  # of each run
 SWEPT = re.compile(r"^[+~]*[^=]+=.*(,|\b(choice|range|interval|glob|shuffle|sort|tag)\()")
 DEFAULT_METRIC = {"sft": "eval/held_out/nll", "rl": "env/all/reward", "dpo": "eval/held_out/accuracy"}
 QUIET = ("hydra/hydra_logging=none", "hydra/job_logging=none", "hydra.output_subdir=null", "hydra.job.chdir=false")
@@ -190,7 +191,9 @@ def multirun(compose: ComposeJob, words: Sequence[str], kind: str, metric: str |
     parts = sorted_words(words)
     if not parts.swept:
         raise UsageError("-m without a key that has several values, as in learning_rate=1e-4,3e-4")
-    given = {key_of(word): word.partition("=")[2] for word in parts.constant if key_of(word) in ("name", "run_dir")}
+    if named := [word for word in parts.swept if key_of(word) in OWN]:
+        raise UsageError(f"{named[0]}: jobs are named after what differs; name= and run_dir= name the sweep, with one value")
+    given = {key_of(word): word.partition("=")[2] for word in parts.constant if key_of(word) in OWN}
     constant = [word for word in parts.constant if key_of(word) not in given]
     name = given.get("name", f"sweep-{kind}-{time.strftime('%m%d-%H%M%S')}")
     directory = Path(given.get("run_dir", RUNS / name)).absolute()
@@ -284,7 +287,19 @@ def job_name(number: int, varied: Sequence[str]) -> str:
     return f"{number}_{told}"[:100].rstrip("-_.")
 
 
-def axes(swept: Sequence[str]) -> dict[str, list[str]]:
-    """Key -> values as typed, of BasicSweeper's grid."""
-    parsed = [OverridesParser.create().parse_override(word) for word in swept]
-    return {override.get_key_element(): [word.partition("=")[2] for word in _values(override)] for override in parsed}
+@dataclass(frozen=True)
+class Axis:
+    """What a key may be."""
+
+    values: list[str]  # as typed; of an interval its two ends
+    is_interval: bool
+    is_log: bool  # tag(log, interval(...)), as the optuna sweeper has it
+
+
+def axes(swept: Sequence[str]) -> dict[str, Axis]:
+    return {override.get_key_element(): _axis(override) for override in map(OverridesParser.create().parse_override, swept)}
+
+
+def _axis(override: Override) -> Axis:
+    values = [word.partition("=")[2] for word in _values(override)]
+    return Axis(values, not override.is_discrete_sweep(), "log" in getattr(override.value(), "tags", ()))

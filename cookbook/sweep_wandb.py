@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cookbook.errors import UsageError
-from cookbook.multirun import DEFAULT_METRIC, ComposeJob, axes, check_words, sorted_words
+from cookbook.multirun import DEFAULT_METRIC, OWN, Axis, ComposeJob, axes, check_words, sorted_words
+from cookbook.overrides import key_of
 from cookbook.run_reader import falls
 
 
@@ -13,7 +14,9 @@ def sweep_file(kind: str, words: Sequence[str], metric: str | None, compose: Com
     """YAML. UsageError for what no job could be composed with."""
     import yaml
 
-    parts = sorted_words(words)
+    if named := [word for word in words if key_of(word) in OWN]:
+        raise UsageError(f"{named[0]}: each job of W&B's agents makes a name of its own; leave it out")
+    parts = sorted_words([word for word in words if key_of(word) != "log.wandb"])
     if not parts.swept:
         raise UsageError("no key has several values, as in learning_rate=1e-4,3e-4")
     if parts.hydra:
@@ -21,16 +24,28 @@ def sweep_file(kind: str, words: Sequence[str], metric: str | None, compose: Com
     check_words(compose, parts.constant, parts.swept)
     name = metric or DEFAULT_METRIC[kind]
     goal = "minimize" if falls(name) else "maximize"
+    found = axes(parts.swept)
     return yaml.safe_dump(
         {
             "program": "cook",
-            "method": "grid",
+            "method": "random" if any(axis.is_interval for axis in found.values()) else "grid",
             "metric": {"name": name, "goal": goal},
-            "parameters": {key: {"values": [_typed(value) for value in values]} for key, values in axes(parts.swept).items()},
+            "parameters": {key: _parameter(key, axis) for key, axis in found.items()},
             "command": ["${env}", "cook", kind, *parts.constant, "log.wandb=online", "${args_no_hyphens}"],
         },
         sort_keys=False,
     )
+
+
+def _parameter(key: str, axis: Axis) -> dict[str, object]:
+    values = [_typed(value) for value in axis.values]
+    if not axis.is_interval:
+        return {"values": values}
+    is_int = all(isinstance(value, int) for value in values)
+    if is_int and axis.is_log:
+        raise UsageError(f"{key}: whole numbers on a logarithmic scale are best listed, as in {key}=2,8,32")
+    distribution = "int_uniform" if is_int else "log_uniform_values" if axis.is_log else "uniform"
+    return {"distribution": distribution, "min": values[0], "max": values[1]}
 
 
 def _typed(text: str) -> object:

@@ -75,6 +75,94 @@ def test_bodies_have_a_cap_packed_and_unpacked(wire: Wire) -> None:
     assert "request_id" in wire.post("/forward_backward", packed, **{"Content-Encoding": "zstd"})
 
 
+def test_json_has_a_smaller_cap_and_metadata_a_small_one(tmp_path: Path) -> None:
+    with serving(tmp_path, json_mb=1) as (url, _):
+        wire = Wire(url)
+        assert "limits.json_mb" in wire.post("/create_session", {"user_metadata": {"a": "x" * (2 << 20)}}, 413)["detail"]
+        session, long = wire.session(), "x" * (1 << 16)
+        for about in ({"user_metadata": {"a": long}}, {"tags": [long]}, {"project_id": long}, {"display_name": long}):
+            said = wire.post("/create_session", about, 422)["detail"]
+            assert f"body.{next(iter(about))}: Value error, has 65,5" in said and "expected at most 65,536" in said
+        lora = {"session_id": session, "model_seq_id": 0, "base_model": MODEL, "lora_config": {"rank": 2}}
+        assert "user_metadata" in wire.post("/create_model", {**lora, "user_metadata": {"a": long}}, 422)["detail"]
+        model = wire.model(session)
+        body = {"model_id": model, "path": "a", "seq_id": 1, "user_metadata": {"a": long}}
+        assert "user_metadata" in wire.post("/save_weights", body, 422)["detail"]
+        message = proto.parse("ForwardBackwardRequest", gradient(model, 1))
+        message.data[0].loss_fn_inputs["weights"].dense = bytes(3 << 20)
+        message.data[0].loss_fn_inputs["weights"].dtype = proto.FLOAT32
+        assert "weights" in wire.result(wire.post("/forward_backward", message.SerializeToString()))["error"]  # no 413
+
+
+def test_bodies_that_wait_have_a_budget(tmp_path: Path) -> None:
+    with serving(tmp_path, queued_mb=1) as (url, server):
+        wire = Wire(url)
+        models = [wire.model(wire.session()) for _ in range(2)]
+        message = proto.parse("ForwardBackwardRequest", gradient(models[0], 1))
+        message.data.extend([message.data[0]] * 12_000)
+        assert (400 << 10) < len(message.SerializeToString()) < 1 << 19
+        packed = {"Content-Encoding": "zstd"}
+        statuses, promises = [], []
+        for number in range(6):
+            message.model_id, message.seq_id = models[number % 2], 1 + number
+            reply = wire.http.post("/forward_backward", content=zstandard.compress(message.SerializeToString()), headers=packed)
+            statuses.append(reply.status_code)
+            promises += [reply.json()] if reply.status_code == 200 else []
+        assert statuses[:2] == [200, 200] and 429 in statuses and "limits.queued_mb" in reply.text
+        message.model_id, message.seq_id = models[0], 1
+        again = zstandard.compress(message.SerializeToString())
+        assert wire.post("/forward_backward", again, **packed) == promises[0]  # a repetition takes no room
+        for promise in promises:
+            wire.post("/cancel_future", {"request_id": promise["request_id"]})
+            wire.http.post("/retrieve_future", json={"request_id": promise["request_id"]})
+        assert server.promises.waiting_bytes(server.runs[models[0]].owner) == 0
+        message.seq_id, message.loss_fn_config["beta"] = 9, 1.0
+        message.data.extend([message.data[0]] * 24_000)  # more than the budget, but alone
+        assert "beta" in wire.result(wire.post("/forward_backward", message.SerializeToString()))["error"]
+
+
+def test_operations_that_a_finished_session_had_not_begun_are_told_in_a_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(tmp_path) as (url, _):
+        wire = Wire(url)
+        session = wire.session()
+        model = wire.model(session)
+        message = proto.parse("ForwardBackwardRequest", gradient(model, 1))
+        message.data.extend([message.data[0]] * 2000)
+        promises = []
+        for seq_id in range(1, 13):
+            message.seq_id = seq_id
+            promises.append(wire.post("/forward_backward", message.SerializeToString()))
+        wire.post(f"/sessions/{session}/finish", {"reason": {"type": "success"}})
+        replies = [wire.http.post("/retrieve_future", json={"request_id": promise["request_id"]}) for promise in promises]
+        failed = [reply.json() for reply in replies if reply.headers["content-type"] == "application/json"]
+        line = f"training run {model} was closed before this operation began"
+        assert failed and failed == [{"error": line, "category": "user"}] * len(failed)
+        assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_old_sessions_of_which_nothing_is_left_are_forgotten(tmp_path: Path) -> None:
+    with serving(tmp_path, sessions=3) as (url, server):
+        wire = Wire(url)
+        kept = wire.model(wire.session())
+        path = wire.result(wire.save(kept, 1, "a"))["path"]
+        gone = wire.model(wire.session())
+        wire.result(wire.save(gone, 1, "a"))
+        assert wire.http.delete(f"/training_runs/{gone}/checkpoints/weights/a").status_code == 200
+        for model in (kept, gone):
+            wire.post(f"/sessions/{model.partition(':')[0]}/finish", {})
+        for number in range(6):
+            made = wire.post("/create_session", {}, **{"X-Idempotency-Key": f"{number}"})["session_id"]
+            wire.post(f"/sessions/{made}/finish", {})
+        server.tidy_up()
+        assert server.store.rows("SELECT count(*) FROM sessions")[0][0] == 3 + 1 and server.session_keys == {}
+        assert [row["id"] for row in server.store.rows("SELECT id FROM runs")] == [kept]
+        assert server.store.rows("SELECT count(*) FROM saves")[0][0] == 1
+        body = {"session_id": wire.session(), "model_seq_id": 0, "path": path, "optimizer": True}
+        assert "model_id" in wire.result(wire.post("/load_weights", body))
+
+
 @pytest.mark.parametrize("name", ["..", "../x", "a/b", "", ".hidden", "a\x00b", "x" * 300])
 def test_names_are_one_path_segment(wire: Wire, name: str, open_server: tuple[str, Path]) -> None:
     model = wire.model(wire.session())

@@ -91,6 +91,25 @@ def test_memory_is_given_back_with_what_is_forgotten(tmp_path: Path) -> None:
         assert server.promises.results.size == 0
 
 
+def test_an_operation_whose_result_is_forgotten_does_not_run_again(tmp_path: Path) -> None:
+    with serving(tmp_path) as (url, server):
+        wire = Wire(url)
+        model = wire.model(wire.session())
+        trainer = server.runs[model].trainer
+        assert trainer is not None
+        promises = [wire.post("/forward_backward", gradient(model, 1)), wire.step(model, 2)]
+        wire.output(promises[0])
+        wire.result(promises[1])
+        server.promises.forget_old(time.monotonic() + KEEP_READ_SECONDS + 1)
+        assert [wire.post("/forward_backward", gradient(model, 1)), wire.step(model, 2)] == promises
+        for promise in promises:
+            assert "it was kept long enough" in wire.result(promise, 410)["detail"]
+        assert "sent before with another content" in wire.post("/forward_backward", gradient(model, 1, token=6), 400)["detail"]
+        assert trainer.adapter.step == 1 and not trainer.adapter.has_grad
+        wire.output(wire.post("/forward_backward", gradient(model, 3)))
+        assert trainer.adapter.has_grad
+
+
 # ---- one poll for all
 
 

@@ -40,7 +40,7 @@ def create_app(server: Server, tell_ready: Callable[[], None] = lambda: None) ->
     app.state.server, app.state.openai = server, Models(server)
     for module in (tinker_api, tinker_sampling, tinker_rest, tinker_sessions, openai_api, looking):
         app.include_router(module.router)
-    app.add_middleware(BodyLimit, limit=server.limits.body_mb << 20)
+    app.add_middleware(BodyLimit, limits=server.limits)
     app.add_middleware(RequestTimes, meter=server.meter)
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import json
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Seq = Field(ge=0, lt=2**63)
+METADATA_BYTES = 1 << 16  # what a client may add to a session, training run or checkpoint, as JSON: the index keeps it
+T = TypeVar("T")
+
+
+def _small(value: T) -> T:
+    if (size := len(json.dumps(value))) > METADATA_BYTES:
+        raise ValueError(f"has {size:,} bytes, expected at most {METADATA_BYTES:,}")
+    return value
+
+
+Metadata = Annotated[dict[str, str] | None, AfterValidator(_small)]
 
 
 class Body(BaseModel):
@@ -14,10 +26,10 @@ class Body(BaseModel):
 
 
 class CreateSession(Body):
-    tags: list[str] = []
-    user_metadata: dict[str, Any] | None = None
-    project_id: str | None = None
-    display_name: str | None = None
+    tags: Annotated[list[str], AfterValidator(_small)] = []
+    user_metadata: Annotated[dict[str, Any] | None, AfterValidator(_small)] = None
+    project_id: Annotated[str | None, AfterValidator(_small)] = None
+    display_name: Annotated[str | None, AfterValidator(_small)] = None
 
 
 class Heartbeat(Body):
@@ -58,7 +70,7 @@ class CreateModel(Body):
     session_id: str
     model_seq_id: int = Seq
     base_model: str
-    user_metadata: dict[str, str] | None = None
+    user_metadata: Metadata = None
     lora_config: LoraSpec = LoraSpec()
     optimizer_config: dict[str, Any] | None = None
 
@@ -89,7 +101,7 @@ class SaveWeights(Body):
     seq_id: int = Seq
     ttl_seconds: int | None = None
     overwrite: bool = False
-    user_metadata: dict[str, str] | None = None
+    user_metadata: Metadata = None
     age_encryption_recipients: list[str] | None = None
 
 
@@ -100,7 +112,7 @@ class SaveForSampler(Body):
     path: str | None = None
     sampling_session_seq_id: int | None = Field(default=None, ge=0, lt=2**63)
     ttl_seconds: int | None = None
-    user_metadata: dict[str, str] | None = None
+    user_metadata: Metadata = None
 
 
 class LoadWeights(Body):
@@ -111,7 +123,7 @@ class LoadWeights(Body):
     model_id: str | None = None
     seq_id: int | None = Field(default=None, ge=0, lt=2**63)
     base_model: str | None = None
-    user_metadata: dict[str, str] | None = None
+    user_metadata: Metadata = None
     optimizer_config: dict[str, Any] | None = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 from typing import Annotated
@@ -14,6 +15,7 @@ from cookbook.serving import keys
 from cookbook.serving.futures import digest_of
 from cookbook.serving.refusal import Refusal
 from cookbook.serving.server import Server
+from cookbook.serving.settings import Limits
 
 
 def _server(request: Request) -> Server:
@@ -62,6 +64,7 @@ def _password(request: Request) -> str:
 
 
 MOST_WINDOW = 1 << 27  # bytes that unpacking may look back
+LARGE = 1 << 20  # bytes over which others are served meanwhile
 PIECE = 1024  # bytes of a frame at a time: they become 32 MB at most
 Serving = Annotated[Server, Depends(_server)]
 Owner = Annotated[str, Depends(_owner)]
@@ -77,7 +80,7 @@ async def raw_body(request: Request, limit: int) -> bytes:
     if encoding != "zstd":
         raise Refusal(415, f"content-encoding {encoding!r}, expected zstd or none")
     try:
-        return _unpacked(body, limit)
+        return await asyncio.to_thread(_unpacked, body, limit)
     except zstandard.ZstdError as error:
         raise Refusal(400, f"the body is not one whole zstd frame: {error}") from error
 
@@ -105,30 +108,37 @@ def _unpacked(body: bytes, limit: int) -> bytes:
 
 async def body_digest(request: Request) -> str:
     """To tell a repetition from another operation under the same number."""
-    return digest_of(await request.body())
+    body = await request.body()
+    return digest_of(body) if len(body) < LARGE else await asyncio.to_thread(digest_of, body)
 
 
 class BodyLimit:
-    """ASGI middleware: 413 as soon as a body is too long, read no further."""
+    """ASGI middleware: 413 as soon as a body is too long, read no further.
 
-    def __init__(self, app, limit: int) -> None:
-        self.app, self.limit = app, limit
+    JSON is parsed in one go, and everybody waits for it: only what carries tensors (protobuf) may be large.
+    """
+
+    def __init__(self, app, limits: Limits) -> None:
+        self.app, self.limits = app, limits
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        tensors = scope["path"].endswith("/forward_backward")
+        name = "body_mb" if tensors or self.limits.body_mb < self.limits.json_mb else "json_mb"
+        limit = getattr(self.limits, name) << 20
         received = _announced(scope["headers"])
-        if received <= self.limit:  # what is announced is believed only where it is too much
+        if received <= limit:  # what is announced is believed only where it is too much
             received = 0
 
         async def limited() -> dict:
             nonlocal received
-            message = await receive() if received <= self.limit else {}
+            message = await receive() if received <= limit else {}
             received += len(message.get("body", b""))
-            if received > self.limit:  # an HTTPException: FastAPI would take any other for a body that it cannot read
+            if received > limit:  # an HTTPException: FastAPI would take any other for a body that it cannot read
                 raise HTTPException(
-                    413, f"the body has more than {self.limit:,} bytes (limits.body_mb)", {"Connection": "close"}
+                    413, f"the body has more than {limit:,} bytes (limits.{name})", {"Connection": "close"}
                 )
             return message
 

@@ -40,6 +40,8 @@ class Promise:
     key: str
     digest: str
     reply: dict  # what accepted it, and accepts a repetition
+    size: int  # bytes of what was sent
+    done: dict[str, tuple[str, str]] | None
     group: str | None  # that of one client's samples, which may be asked for together
     task: asyncio.Task[Value] | None = None  # until it is over
     result: Result = field(default_factory=Result)
@@ -59,23 +61,27 @@ class Promises:
         self.store, self.results, self.completions = store, Results(results_bytes), Completions()
         self._by_id: dict[str, Promise] = {}
         self._by_key: dict[str, Promise] = {}
-        self._open: Counter[tuple[str, str]] = Counter()  # operations that are not over, by owner and by training run
+        self._open: Counter[tuple[str, str]] = Counter()  # see _marks
 
     def begin(
         self, owner: str, key: str, digest: str, work: Callable[[str], Awaitable[Value]],
-        group: str | None = None, **reply: object,
+        size: int = 0, done: dict[str, tuple[str, str]] | None = None, group: str | None = None, **reply: object,
     ) -> dict:  # fmt: skip
-        """Start `work(request_id)` unless `key` is known; the reply that accepts it. Refusal 400 if the payload differs."""
+        """Start `work(request_id)` unless `key` is known; the reply that accepts it. Refusal 400 if the payload differs.
+
+        `size` is that of what was sent, in bytes. `done` (key -> request id, digest) takes the operation up when it is
+        forgotten here: for as long as its keeper remembers it, it does not run again.
+        """
         known = self._by_key.get(key)
         if known is not None:
             _same(known.digest, digest, key)
             return known.reply
-        saved = self.store.row("SELECT request_id, digest FROM saves WHERE key = ?", key)
-        if saved is not None:
-            _same(saved["digest"], digest, key)
-            return {"request_id": saved["request_id"], **reply}
+        before = (done or {}).get(key) or self.store.row("SELECT request_id, digest FROM saves WHERE key = ?", key)
+        if before is not None:
+            _same(before[1], digest, key)
+            return {"request_id": before[0], **reply}
         request_id = secrets.token_hex(16)
-        promise = Promise(request_id, owner, key, digest, {"request_id": request_id, **reply}, group)
+        promise = Promise(request_id, owner, key, digest, {"request_id": request_id, **reply}, size, done, group)
         self._by_id[request_id] = self._by_key[key] = promise
         promise.task = asyncio.create_task(self._value(promise, work))
         self._open.update(_marks(promise))
@@ -91,8 +97,8 @@ class Promises:
         promise.over.set()
         if promise.group is not None:
             self.completions.add(promise.group, promise.id, promise.result)
-        for mark in _marks(promise):
-            self._open[mark] -= 1
+        for mark, count in _marks(promise).items():
+            self._open[mark] -= count
             if not self._open[mark]:
                 del self._open[mark]
 
@@ -102,6 +108,10 @@ class Promises:
     def waiting(self, owner: str) -> int:
         """Operations of `owner` that are not over."""
         return self._open["owner", owner]
+
+    def waiting_bytes(self, owner: str) -> int:
+        """What was sent with them."""
+        return self._open["bytes", owner]
 
     def waiting_of(self, run_id: str) -> int:
         """Operations of a training run that are not over."""
@@ -168,6 +178,8 @@ class Promises:
             if promise.over.is_set() and (read or now - promise.finished > KEEP_UNREAD_SECONDS):
                 self.results.drop(promise.owner, promise.result)
                 del self._by_id[promise.id], self._by_key[promise.key]
+                if promise.done is not None:
+                    promise.done[promise.key] = (promise.id, promise.digest)
                 if promise.group is not None:
                     self.completions.forget(promise.group, promise.id)
 
@@ -193,9 +205,10 @@ class Promises:
             return {"error": f"{type(error).__name__}: {self.store.told(error)}", "category": "server"}
 
 
-def _marks(promise: Promise) -> tuple[tuple[str, str], ...]:
-    """What an operation that is not over counts for."""
-    return ("owner", promise.owner), ("run", promise.key.rpartition(":")[0])
+def _marks(promise: Promise) -> dict[tuple[str, str], int]:
+    """What an operation that is not over counts for: its owner's, also in bytes, and its training run's."""
+    owner, run = promise.owner, promise.key.rpartition(":")[0]
+    return {("owner", owner): 1, ("bytes", owner): promise.size, ("run", run): 1}
 
 
 def _same(known: str, given: str, key: str) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
+import math
 import sqlite3
 import time
 import weakref
@@ -38,7 +40,9 @@ class Run:
     meter: Meter
     opening: asyncio.Future[TrainingClient] | None = None
     order: asyncio.Lock = field(default_factory=asyncio.Lock)
-    inflight: Sampler | None = None  # shared by its samplers of kind "inflight"
+    inflight: weakref.WeakSet[Sampler] = field(default_factory=weakref.WeakSet)  # all sample from the newest weights
+    done: dict[str, tuple[str, str]] = field(default_factory=dict)  # see Promises.begin
+    closed: bool = False
     trained_tokens: int = 0
 
     async def submit(self, kind: str, verb: Callable[[TrainingClient], Future[T]]) -> T:
@@ -46,7 +50,12 @@ class Run:
         with self.meter.operation(kind, self.owner, self.id) as operation:
             async with self.order:
                 trainer = await self.opened()
-                operation.future = future = await asyncio.to_thread(verb, trainer)
+                try:
+                    operation.future = future = await asyncio.to_thread(verb, trainer)
+                except RuntimeError as error:
+                    if not self.closed:
+                        raise
+                    raise Refusal(410, f"training run {self.id} was closed before this operation began") from error
             return await future
 
     async def opened(self) -> TrainingClient:
@@ -74,6 +83,9 @@ class Sampler:
     """Where a sampling session samples from."""
 
     client: SamplingClient
+    of: str  # limits.samplers counts by it: the training client of a snapshot that is not saved, else the session
+    busy: int = 0  # requests under way
+    used: float = field(default_factory=time.monotonic)
 
 
 class Server:
@@ -94,11 +106,13 @@ class Server:
         self.joined: dict[str, int] = {}  # sampling session -> clones that have asked for a number
         self.sampling: dict[str, int] = {}  # owner -> samples in flight
         self.started = time.time()
+        self._loading = asyncio.Lock()
         self._by_path: weakref.WeakValueDictionary[tuple[str, float], SamplingClient] = weakref.WeakValueDictionary()
 
     def open(self) -> None:
         """Load the base models, which stay; tidy up what a crash left. ValueError for a model that cannot be loaded."""
         self.store.recover()
+        self.store.run_sql("DELETE FROM samplers WHERE path = ''")  # their weights are gone
         for name in self.models:
             self.base[name] = self.service.create_sampling_client(base_model=name).result()
 
@@ -120,7 +134,7 @@ class Server:
                 log.warning("the store could not be tidied up: %s", error)
 
     def tidy_up(self) -> None:
-        """Old results, checkpoints past their time and silent sessions go."""
+        """Old results, checkpoints past their time, silent sessions and old ones of which nothing is left go."""
         self.promises.forget_old(time.monotonic())
         self.traces.write()
         self.traces.remove_old()
@@ -128,6 +142,8 @@ class Server:
         silent = time.time() - self.limits.session_hours * 3600
         for row in self.store.rows("SELECT id FROM sessions WHERE finished IS NULL AND seen < ?", silent):
             self.finish(row["id"], "no sign of life")
+        self._trim_silent()
+        self.store.forget_sessions(keep=self.limits.sessions)
 
     @property
     def needs_key(self) -> bool:
@@ -152,16 +168,18 @@ class Server:
 
     def finish(self, session_id: str, reason: str) -> None:
         self.store.run_sql("UPDATE sessions SET finished = ? WHERE id = ?", reason, session_id)
+        self.session_keys = {key: session for key, session in self.session_keys.items() if session != session_id}
         self.release(session_id)
 
     def release(self, session_id: str) -> None:
         """Its training clients leave the engine after what they have submitted; its samplers go."""
         for run in [run for run in self.runs.values() if run.session == session_id]:
             del self.runs[run.id]
+            run.closed = True
             if run.trainer is not None:
                 run.trainer.close()
         for sampler_id in [key for key in self.samplers if key.startswith(f"{session_id}:")]:
-            del self.samplers[sampler_id]
+            self._let_go(sampler_id)
 
     # ---- training clients
 
@@ -197,6 +215,12 @@ class Server:
         run.opening = asyncio.ensure_future(opened())
         return run
 
+    def check_room(self, owner: str, size: int) -> None:
+        """Refusal 429 where an operation of `size` bytes has to wait until others are over."""
+        waiting, most = self.promises.waiting_bytes(owner), self.limits.queued_mb
+        if waiting and waiting + size > most << 20:
+            raise Refusal(429, f"operations of {waiting:,} bytes wait and {size:,} more came: {most} MB may (limits.queued_mb)")
+
     def forget_run(self, run_id: str) -> None:
         """One that could not be opened."""
         self.runs.pop(run_id, None)
@@ -230,25 +254,37 @@ class Server:
     def sampler(self, sampler_id: str, owner: str) -> Sampler | None:
         """A living one of `owner`'s; None where `reopen` can bring it back."""
         known_owner, sampler = self.samplers.get(sampler_id, (None, None))
-        if known_owner == owner:
+        if sampler is not None and known_owner == owner:
+            sampler.used = time.monotonic()
             return sampler
         row = self.store.row("SELECT owner FROM samplers WHERE id = ?", sampler_id)
         if row is None or row["owner"] != owner:
-            raise Refusal(404, f"no sampling session {sampler_id}")
+            raise self._no_sampler(sampler_id, owner)
         return None
 
+    def _no_sampler(self, sampler_id: str, owner: str) -> Refusal:
+        session = sampler_id.partition(":")[0]
+        if not self.store.rows("SELECT 1 FROM sessions WHERE id = ? AND owner = ?", session, owner):
+            return Refusal(404, f"no sampling session {sampler_id}")
+        self.session(session, owner)
+        return Refusal(
+            404,
+            f"sampling session {sampler_id} is not there, or not any more: weights that were not saved go when"
+            f" {self.limits.samplers} newer samplers of their training client are there (limits.samplers), with their session,"
+            " and when the server was restarted. Make a new one, or save the weights under a name and sample from that",
+        )
+
     async def reopen(self, sampler_id: str, owner: str) -> Sampler:
-        """A sampling session after a restart: of a base model or a checkpoint it goes on, of passing weights it cannot."""
+        """A sampling session of a base model or a checkpoint, which is not in memory (any more)."""
         row = self.store.row("SELECT * FROM samplers WHERE id = ?", sampler_id)
-        assert row is not None
+        assert row is not None and row["path"] != ""
         self.session(row["session"], owner)
-        if row["path"] == "":
-            raise Refusal(404, f"the weights of sampling session {sampler_id} were not saved and are gone: make a new one")
         return await self.add_sampler(sampler_id, row["session"], owner, row["base_model"], row["path"])
 
     async def add_sampler(self, sampler_id: str, session: str, owner: str, base_model: str, path: str | None) -> Sampler:
         client = self.base[self.check_model(base_model)] if path is None else await self.load_sampler(path, owner)
-        return self.keep_sampler(sampler_id, session, owner, base_model, path, Sampler(client))
+        self.session(session, owner)  # it may have ended meanwhile
+        return self.keep_sampler(sampler_id, session, owner, base_model, path, Sampler(client, session))
 
     def keep_sampler(
         self, sampler_id: str, session: str, owner: str, base_model: str, path: str | None, sampler: Sampler
@@ -263,20 +299,43 @@ class Server:
             if path != "":
                 raise
         self.samplers[sampler_id] = (owner, sampler)
+        self._trim(sampler.of, self.limits.samplers)
         return sampler
+
+    def _trim(self, of: str, most: int, unused_since: float = math.inf) -> None:
+        """Of the samplers that count together the least recently used beyond `most` go, but none with requests under way."""
+        theirs = sorted((one.used, key, one.busy) for key, (_, one) in self.samplers.items() if one.of == of)
+        for used, sampler_id, busy in theirs[: -max(1, most)]:
+            if not busy and used < unused_since:
+                self._let_go(sampler_id)
+
+    def _trim_silent(self) -> None:
+        """Of a client that may be gone one sampler stays: the one that a loop which was only asleep goes on with."""
+        rows = self.store.rows("SELECT id FROM sessions WHERE finished IS NULL AND seen < ?", time.time() - SILENT_SECONDS)
+        silent = {row["id"] for row in rows}
+        for of in {one.of for key, (_, one) in self.samplers.items() if key.partition(":")[0] in silent}:
+            self._trim(of, 1, time.monotonic() - SILENT_SECONDS)
+
+    def _let_go(self, sampler_id: str) -> None:
+        """What was saved is loaded again when it is asked for."""
+        del self.samplers[sampler_id]
+        with contextlib.suppress(sqlite3.OperationalError):  # a full disk: the row says no more than that it was there
+            if self.store.run_sql("DELETE FROM samplers WHERE id = ? AND path = ''", sampler_id):
+                self.joined.pop(sampler_id, None)
 
     async def load_sampler(self, uri: str, owner: str) -> SamplingClient:
         """A saved adapter; sessions of one checkpoint share it."""
         checkpoint = self.store.checkpoint(uri, owner)
         key = (checkpoint.uri, checkpoint.created)
-        client = self._by_path.get(key)
-        if client is None:
-            directory = self.store.directory_of(checkpoint.run, checkpoint.kind, checkpoint.name)
-            try:
-                client = await self.service.create_sampling_client(directory, self.base_model_of(checkpoint))
-            except ValueError as error:
-                raise Refusal(400, self.store.told(error)) from error
-            self._by_path[key] = client
+        async with self._loading:  # who asks for it meanwhile gets the same
+            client = self._by_path.get(key)
+            if client is None:
+                directory = self.store.directory_of(checkpoint.run, checkpoint.kind, checkpoint.name)
+                try:
+                    client = await self.service.create_sampling_client(directory, self.base_model_of(checkpoint))
+                except ValueError as error:
+                    raise Refusal(400, self.store.told(error)) from error
+                self._by_path[key] = client
         return client
 
     def lora_of(self, checkpoint: Checkpoint) -> dict:

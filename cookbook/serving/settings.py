@@ -9,10 +9,13 @@ from cookbook.config import EngineConfig
 
 @dataclass
 class Limits:
-    body_mb: int = 256  # of a request, unpacked too
+    body_mb: int = 256  # of a request that carries tensors (forward_backward), unpacked too
+    json_mb: int = 16  # of any other request
     sessions: int = 1000  # of one owner that are not finished
     training_clients: int = 64  # of one owner at once
     queued: int = 256  # operations of one training client that wait
+    queued_mb: int = 1024  # of the bodies of all operations of one owner that wait
+    samplers: int = 8  # in memory: of one training client, unsaved snapshots; of one session, other samplers
     samples: int = 4096  # sampling requests of one owner in flight
     num_samples: int = 1024  # of one sampling request
     rank: int = 512

@@ -91,6 +91,21 @@ class Store:
         with contextlib.suppress(sqlite3.OperationalError):
             self.run_sql(f"UPDATE {table} SET seen = ? WHERE id = ?", time.time(), row_id)
 
+    def forget_sessions(self, keep: int) -> None:
+        """Those that are over and have no checkpoints, with what belongs to them. Each owner's newest `keep` stay."""
+        numbered = "SELECT id, row_number() OVER (PARTITION BY owner ORDER BY created DESC) AS place FROM sessions"
+        rows = self.rows(
+            f"SELECT id FROM ({numbered} WHERE finished IS NOT NULL) WHERE place > ?"
+            " AND id NOT IN (SELECT session FROM runs WHERE id IN (SELECT run FROM checkpoints))",
+            keep,
+        )
+        with self._lock, self._db:
+            for session in (row["id"] for row in rows):
+                self._db.execute("DELETE FROM samplers WHERE session = ?", (session,))
+                self._db.execute("DELETE FROM runs WHERE session = ?", (session,))
+                self._db.execute("DELETE FROM saves WHERE key > ? AND key < ?", (f"{session}:", f"{session};"))
+                self._db.execute("DELETE FROM sessions WHERE id = ?", (session,))
+
     def secret(self) -> bytes:
         """What download links are signed with; made once per store."""
         self.run_sql("INSERT OR IGNORE INTO meta VALUES ('secret', ?)", secrets.token_hex(32))

@@ -27,7 +27,7 @@ TTL_SECONDS = (3600, 10 * 366 * 86400)
 
 @router.post("/client/config")
 async def client_config(server: Serving, owner: Owner) -> dict:
-    """Chunks come in order; compressed, since the body's size is what is limited."""
+    """Chunks come in order, and not compressed, which would take longer than sending them; zstd is accepted."""
     return {
         "parallel_fwdbwd_chunks": False, "proto_compress_fwdbwd": False,
         "sample_use_retrieve_futures": server.poll_together,
@@ -72,7 +72,7 @@ async def finish(session_id: str, body: bodies.Finish, server: Serving, owner: O
         if refusal.status != 410:  # to finish twice is no mistake
             raise
         return {}
-    server.finish(session_id, str(body.reason.get("type", "success")))
+    server.finish(session_id, str(body.reason.get("type", "success"))[:100])
     return {}
 
 
@@ -183,7 +183,7 @@ async def forward_backward(request: Request, server: Serving, owner: Owner) -> d
 
     run = server.run(message.model_id, owner)
     _check_loss(message.loss_fn)
-    return await _begin(request, server, run, message.seq_id, work)
+    return await _begin(request, server, run, message.seq_id, work, len(body))
 
 
 def _check_loss(loss_fn: str) -> None:
@@ -273,10 +273,13 @@ async def save_weights_for_sampler(body: bodies.SaveForSampler, request: Request
 
     async def work(_: str) -> dict:
         client = await run.submit("save", lambda trainer: trainer.save_weights_and_get_sampling_client())
-        sampler = Sampler(client)
+        if run.closed:
+            raise Refusal(410, f"session {run.session} ended before its sampler was there")
+        sampler = Sampler(client, run.id)
         if body.kind == "inflight":
-            sampler = run.inflight = run.inflight or sampler
-            sampler.client = client
+            run.inflight.add(sampler)
+            for one in run.inflight:
+                one.client = client
         server.keep_sampler(sampler_id, run.session, owner, run.base_model, "", sampler)
         return {"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"}
 
@@ -319,11 +322,13 @@ async def _create_from(body: bodies.LoadWeights, request: Request, server: Serve
     return server.promises.begin(owner, key, digest, lambda _: _open(server, run_id, owner, "load_weights"), model_id=run_id)
 
 
-async def _begin(request: Request, server: Server, run: Run, seq_id: int, work) -> dict:
+async def _begin(request: Request, server: Server, run: Run, seq_id: int, work, unpacked: int = 0) -> dict:
     """Accept an operation of a training client once; a full queue asks the client to wait."""
     key = f"{run.id}:{seq_id}"
-    digest = await body_digest(request)
-    if not server.promises.known(key) and server.promises.waiting_of(run.id) >= server.limits.queued:
-        raise Refusal(429, f"{server.limits.queued} operations of {run.id} wait (limits.queued)")
+    digest, size = await body_digest(request), max(unpacked, len(await request.body()))
+    if not server.promises.known(key) and key not in run.done:
+        if server.promises.waiting_of(run.id) >= server.limits.queued:
+            raise Refusal(429, f"{server.limits.queued} operations of {run.id} wait (limits.queued)")
+        server.check_room(run.owner, size)
     server.store.note_seen("runs", run.id)
-    return server.promises.begin(run.owner, key, digest, work, model_id=run.id)
+    return server.promises.begin(run.owner, key, digest, work, size, run.done, model_id=run.id)

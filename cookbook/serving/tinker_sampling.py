@@ -57,31 +57,35 @@ async def join_sampling_session(body: bodies.JoinSamplingSession, server: Servin
 
 @router.post("/asample")
 async def asample(body: bodies.Sample, request: Request, server: Serving, owner: Owner) -> dict:
-    key = f"{body.sampling_session_id}:{body.seq_id}"
+    key, digest, size = f"{body.sampling_session_id}:{body.seq_id}", await body_digest(request), len(await request.body())
     if body.prompt_alt_tokens_k:
         raise Refusal(400, "prompt_alt_tokens_k is not supported by this server")
     if body.num_samples > server.limits.num_samples:
         raise Refusal(400, f"num_samples is {body.num_samples}, expected at most {server.limits.num_samples}")
-    if not server.promises.known(key) and server.sampling.get(owner, 0) >= server.limits.samples:
-        raise Refusal(429, f"{server.limits.samples} samples are in flight (limits.samples)")
+    if not server.promises.known(key):
+        if server.sampling.get(owner, 0) >= server.limits.samples:
+            raise Refusal(429, f"{server.limits.samples} samples are in flight (limits.samples)")
+        server.check_room(owner, size)
     sampler = server.sampler(body.sampling_session_id, owner)
     if sampler is None:
         sampler = await server.reopen(body.sampling_session_id, owner)
 
     async def work(_: str) -> bytes:
         server.sampling[owner] = server.sampling.get(owner, 0) + 1
+        sampler.busy += 1
         try:
             return await _sample(server, owner, sampler.client, body)
         finally:
             server.sampling[owner] -= 1
+            sampler.busy -= 1
 
     ids = [f"{key}:{i}" for i in range(body.num_samples)]
     group = group_of(body.sampling_session_id, body.seq_id // CLONES)
-    return server.promises.begin(owner, key, await body_digest(request), work, group, sample_sequence_ids=ids)
+    return server.promises.begin(owner, key, digest, work, size, group=group, sample_sequence_ids=ids)
 
 
 async def _sample(server: Server, owner: str, client: SamplingClient, body: bodies.Sample) -> bytes:
-    prompt = wire_convert.prompt(body.prompt)
+    prompt = wire_convert.prompt(body.prompt, client.engine.decoder.max_length)
     wants = body.prompt_logprobs or body.prompt_logprobs_last_n is not None
     params = sampling_params(client, body.sampling_params)
     targets, of = None, body.sampling_session_id

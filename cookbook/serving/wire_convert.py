@@ -113,9 +113,9 @@ def _spread(values: np.ndarray, crow: np.ndarray, col: np.ndarray, shape: list[i
     return torch.from_numpy(dense)
 
 
-def prompt(given: Mapping[str, Any]) -> ModelInput:
-    """The prompt of a JSON body: {"chunks": [{"type": "encoded_text", "tokens": [...]}]}."""
-    chunks = []
+def prompt(given: Mapping[str, Any], most: int) -> ModelInput:
+    """The prompt of a JSON body: {"chunks": [{"type": "encoded_text", "tokens": [...]}]}, of at most `most` tokens."""
+    found = []
     if not isinstance(given.get("chunks"), list):
         raise ValueError("the prompt has no list of chunks")
     for chunk in given["chunks"]:
@@ -123,10 +123,14 @@ def prompt(given: Mapping[str, Any]) -> ModelInput:
         if kind != "encoded_text":
             raise ValueError(f"the prompt has a chunk of type {kind!r}; this server samples from text alone")
         tokens = chunk.get("tokens")
-        if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+        if not isinstance(tokens, list):
             raise ValueError("the prompt's tokens are not a list of whole numbers")
-        chunks.append(EncodedTextChunk(tuple(tokens)))
-    return ModelInput(tuple(chunks))
+        found.append(tokens)
+    if (length := sum(map(len, found))) > most:  # before anybody looks at each of them
+        raise ValueError(f"the prompt has {length} tokens, the model's context is {most}")
+    if not all(type(token) is int for tokens in found for token in tokens):
+        raise ValueError("the prompt's tokens are not a list of whole numbers")
+    return ModelInput(tuple(EncodedTextChunk(tuple(tokens)) for tokens in found))
 
 
 # ---- results

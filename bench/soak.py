@@ -299,11 +299,19 @@ class Trainer(Client):
                 step += 1
                 if step % SAVE_EVERY == 0:
                     self.saved.append(client.save_state(f"step-{step}").result().path)
+                    self.sample(client)
             except Exception as error:  # the SDK's own classes differ from call to call
                 if not lost(error):
                     raise
                 self.continued, self.from_scratch = self.continued + bool(self.saved), self.from_scratch + (not self.saved)
                 client, step = self.opened()
+
+    def sample(self, client: Any) -> None:
+        """From a snapshot that is not saved, and that nobody uses again, as after each step of RL: memory must not grow by it."""
+        from tinker import types
+
+        sampler = client.save_weights_and_get_sampling_client()
+        sampler.sample(types.ModelInput.from_ints([3, 4]), 1, types.SamplingParams(max_tokens=1)).result()
 
     def start(self) -> tuple[Any, int]:
         """A training client and the number of its next step: after the last acknowledged save, else from the beginning.

@@ -321,7 +321,7 @@ class RemoteSampler:
         self.service, self._client = service, client
 
     def close(self) -> None:
-        """The server lets go of a snapshot when its session ends."""
+        """The server lets go of a snapshot when newer ones have taken its place, or its session ends."""
 
     def sample(
         self,

@@ -307,7 +307,7 @@ class Trainer(Client):
                 client, step = self.opened()
 
     def sample(self, client: Any) -> None:
-        """From a snapshot that is not saved, and that nobody uses again, as after each step of RL: memory must not grow by it."""
+        """From a snapshot that is not saved, and that nobody uses again, as in RL: memory must not grow by it."""
         from tinker import types
 
         sampler = client.save_weights_and_get_sampling_client()

@@ -14,7 +14,7 @@ import math
 import re
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
@@ -60,7 +60,7 @@ class Limits:
     context: int | None = None  # tokens, a prompt and its reply together; null: the model's
     tool_calls: int = 32
     seconds: float = 300.0  # of the env and its tools; sampling takes the time it takes
-    on_error: str = "drop"  # drop | zero (reward): what becomes of a rollout whose env fails
+    on_error: str = "drop"  # drop | zero (reward): what becomes of a rollout whose env fails, or hangs in reset or step
 
 
 @dataclass
@@ -87,6 +87,10 @@ class OutOfTime(Exception):
     """An env has used up its seconds."""
 
 
+class EnvTimeout(Exception):
+    """It has done so in `reset` or `step`: what it owed the policy never came."""
+
+
 class Attempt:
     """One env under way: `open`, then `play`, then `close`, whatever happened. Nothing but SamplingFailed comes out."""
 
@@ -107,7 +111,7 @@ class Attempt:
     async def open(self) -> None:
         """The first prompt."""
         async with self._contained():
-            messages = await self._in_env(settled(self._env.reset))
+            messages = await self._owed(self._env.reset)
             if self._env.tools:
                 messages, self._schemas = told_of_tools(messages, self._env.tools, self._renderer)
                 self._calls_as_text = self._schemas is None
@@ -141,7 +145,7 @@ class Attempt:
             return
         message, calls = await self._reply(observation, room)
         if calls is None:
-            result = _checked(await self._in_env(settled(self._env.step, message)))
+            result = _checked(await self._owed(self._env.step, message))
             self._earn(result)
         elif self._num_calls + len(calls) > self._limits.tool_calls:
             self._end("tool_calls")
@@ -211,6 +215,13 @@ class Attempt:
     def _end(self, ended: Ended) -> None:
         self._observation, self.trajectory.ended = None, ended
 
+    async def _owed(self, method: Callable[..., Any], *arguments: Any) -> Any:
+        """What `reset` or `step` gives. Where nothing comes the policy is not to blame, as it is for the tools it calls."""
+        try:
+            return await self._in_env(settled(method, *arguments))
+        except OutOfTime:
+            raise EnvTimeout(f"{method.__name__} did not end within limits.seconds={self._limits.seconds:g}") from None
+
     async def _in_env(self, work: Awaitable[T]) -> T:
         """What comes of `work`, whose time counts against the env's; waiting for the sampler does not."""
         started, timer = time.monotonic(), asyncio.timeout(self._seconds)
@@ -248,7 +259,7 @@ class Attempt:
 def fail(trajectory: Trajectory, error: BaseException) -> None:
     trajectory.ended, trajectory.reward = "error", 0.0
     said = " ".join(str(error).split())[:300]
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
     told = not frames or re.search(r"\.py:\d+\)$", said)
     place = "" if told else f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})"
     trajectory.error = f"{type(error).__name__}{': ' if said else ''}{said}{place}"

@@ -63,6 +63,18 @@ class Ask(Env):
         self.closed += 1
 
 
+class Stuck(Ask):
+    """Never begins."""
+
+    def __init__(self, release: threading.Event) -> None:
+        super().__init__()
+        self.release = release
+
+    def reset(self) -> list[Message]:
+        self.release.wait(20)
+        return super().reset()
+
+
 class CountDown(Env):
     """Three, two, one: a turn each, a tenth of reward for every reply."""
 
@@ -197,14 +209,37 @@ def test_calls_beyond_their_limit_are_not_run() -> None:
     assert len(trajectory.transitions) == 3
 
 
-def test_an_env_that_hangs_ends_its_own_attempt_only() -> None:
+def test_an_env_that_hangs_fails_its_own_attempt_only() -> None:
+    """Without a reward there is nothing to learn from: no reward of 0."""
     release = threading.Event()
-    envs = [Ask(lambda reply: release.wait(20)), Ask()]
+    envs = [Ask(lambda reply: release.wait(20)), Ask(), Stuck(release)]
     started = time.monotonic()
-    (group,) = run([Attempts(iter(envs).__next__)], sampler("x"), seconds=0.3)
+    (group,) = run([Attempts(iter(envs).__next__)], sampler("x"), group_size=3, seconds=0.3)
     assert time.monotonic() - started < 5
     release.set()
-    assert [t.ended for t in group.trajectories] == ["seconds", "done"]
+    assert [(t.attempt, t.ended) for t in group.trajectories] == [(1, "done")]
+    assert [t.error for t in group.dropped] == [
+        f"EnvTimeout: {method} did not end within limits.seconds=0.3" for method in ("step", "reset")
+    ]
+
+
+def test_a_tool_that_hangs_ends_the_attempt_with_the_rewards_it_has() -> None:
+    env, release = Adder(), threading.Event()
+
+    def add(a: int, b: int) -> str:
+        """Add two numbers.
+
+        Args:
+            a: One.
+            b: The other.
+        """
+        release.wait(20)
+        return ""
+
+    env.tools = [add]
+    trajectory = play(env, sampler(CALL, TOOL_RENDERER), seconds=0.3)
+    release.set()
+    assert trajectory.ended == "seconds" and trajectory.error is None and len(trajectory.transitions) == 1
 
 
 def test_waiting_for_the_sampler_is_not_the_envs_time() -> None:

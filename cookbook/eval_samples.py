@@ -11,7 +11,7 @@ from cookbook import records
 from cookbook.config import SamplesConfig
 from cookbook.environments import problem_stream
 from cookbook.errors import UsageError
-from cookbook.rollout_log import new_errors, write_rollouts
+from cookbook.rollout_log import new_failures, write_rollouts
 from cookbook.rollout_metrics import eval_metrics
 from cookbook.rollouts import Limits, Rollouts
 from cookbook.run import Run
@@ -56,7 +56,7 @@ class EvalSamples:
         self.problems: list[Problem] = []
         if config.env:
             self.problems += itertools.islice(problem_stream(config.env, "eval", seed), config.problems)
-        self._known_errors: set[str] = set()
+        self._known_failures: set[str] = set()
 
     def __call__(self, done: int, final: bool = False) -> dict[str, float]:
         if not self.asked and not self.problems:
@@ -92,7 +92,7 @@ class EvalSamples:
         if not self.problems:
             return {}
         groups = self.rollouts.run(self.problems, sampler, self.config.samples, (self.seed, "eval"))
-        for line in new_errors(groups, self._known_errors):
+        for line in new_failures(groups, self._known_failures):
             self.run.note(line)
         write_rollouts(self.run.dir, done, groups, name="eval", texts_of=self.renderer.texts_of)
         return eval_metrics(groups, str(self.config.env["name"]))

@@ -17,7 +17,7 @@ from cookbook.errors import UsageError
 from cookbook.keys import did_you_mean
 from cookbook.memory import peak_memory_gb
 from cookbook.renderers import load_renderer
-from cookbook.rollout_log import most_telling, new_errors, side_by_side, table_rows, write_rollouts
+from cookbook.rollout_log import most_telling, new_failures, side_by_side, table_rows, write_rollouts
 from cookbook.rollout_metrics import eval_metrics, kind_of, step_metrics
 from cookbook.rollouts import Group, Limits, Rollouts
 from cookbook.run import Run, RunConfig
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from cookbook.service import Service, Trainer
 
 TRUNCATED = ("keep", "mask", "penalise")
-HOPELESS_STEPS = 3  # in a row without a single rollout that did not fail: nothing will come of the run
+HOPELESS_STEPS = 3  # in a row in which every rollout failed: nothing will come of the run
 
 
 @dataclass
@@ -119,7 +119,7 @@ class Session:
         self._rollouts = Rollouts(renderer, params, limits_of(config, info.base_model, info.max_length))
         self._eval_rollouts = replace(self._rollouts, params=replace(params, temperature=config.eval.temperature))
         self.sampler = self.trainer.save_weights_and_get_sampling_client().result()
-        self._known_errors: set[str] = set()
+        self._known_failures: set[str] = set()
         self._fruitless = 0  # steps in a row
         self._stopping = False
         run.record("engine.token_budget", info.token_budget)
@@ -165,7 +165,7 @@ class Session:
             if mixed >= self.config.groups_per_batch:
                 break
             groups += self._end(self._begin(step, step, self.config.groups_per_batch - mixed))
-        for line in new_errors(groups, self._known_errors):
+        for line in new_failures(groups, self._known_failures):
             self.run.note(line)
         self._stop_if_hopeless(groups)
         self._sample_seconds, self._sampled_at = time.monotonic() - started, time.monotonic()
@@ -191,9 +191,10 @@ class Session:
 
     def _stop_if_hopeless(self, groups: Sequence[Group]) -> None:
         tried = [trajectory for group in groups for trajectory in (*group.trajectories, *group.dropped)]
-        self._fruitless = self._fruitless + 1 if all(trajectory.error for trajectory in tried) else 0
+        self._fruitless = self._fruitless + 1 if all(trajectory.failure for trajectory in tried) else 0
         if self._fruitless == (enough := min(HOPELESS_STEPS, self.config.steps)):
-            raise UsageError(f"all rollouts of {enough} steps in a row failed, the last one with {tried[-1].error}")
+            steps = "the only step" if enough == 1 else f"{enough} steps in a row"
+            raise UsageError(f"all rollouts of {steps} failed, the last one: {tried[-1].failure}")
 
     def finish(self, groups: Sequence[Group], metrics: Mapping[str, float]) -> None:
         """Evaluate, log and save what is due after a step; `metrics` are those of the update."""
@@ -234,7 +235,7 @@ class Session:
         started = time.monotonic()
         seed = (self.config.seed, "eval")
         groups = self._eval_rollouts.run(self._held_out, self.sampler, self.config.eval.samples, seed)
-        for line in new_errors(groups, self._known_errors):
+        for line in new_failures(groups, self._known_failures):
             self.run.note(line)
         write_rollouts(self.run.dir, done, groups, name="eval", texts_of=self._texts_of)
         metrics = eval_metrics(groups, eval_name(self.config))

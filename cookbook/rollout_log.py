@@ -85,14 +85,18 @@ def table_rows(groups: Sequence[Group], step: int) -> list[records.Row]:
     ]  # fmt: skip
 
 
-def new_errors(groups: Sequence[Group], known: set[str]) -> list[str]:
-    """A line for each type of error that is not in `known` yet, which then holds it."""
+def new_failures(groups: Sequence[Group], known: set[str]) -> list[str]:
+    """A line for each type of error, and for each limit that kept a rollout from any reward, not in `known` yet, which
+    then holds it."""
     lines = []
     for group in groups:
         for trajectory in (*group.trajectories, *group.dropped):
-            if (kind := trajectory.error_type) and kind not in known:
+            kind = trajectory.error_type or trajectory.ended
+            if trajectory.failure and kind not in known:
                 known.add(kind)
-                lines.append(f"a rollout failed at problem {group.problem}: {trajectory.error}")
+                without = "reward" if trajectory.transitions else "reply"
+                how = "failed" if trajectory.error else f"ended without a {without}"
+                lines.append(f"a rollout {how} at problem {group.problem}: {trajectory.failure}")
     return lines
 
 

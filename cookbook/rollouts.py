@@ -141,20 +141,22 @@ class Attempt:
     async def _turn(self, observation: ModelInput) -> None:
         room = self._room(observation)
         if isinstance(room, str):
-            self._end(room)
+            self._limit(room, f"the prompt has {observation.length:,} tokens" if room == "context" else "all are sampled")
             return
         message, calls = await self._reply(observation, room)
         if calls is None:
             result = _checked(await self._owed(self._env.step, message))
             self._earn(result)
         elif self._num_calls + len(calls) > self._limits.tool_calls:
-            self._end("tool_calls")
+            self._limit("tool_calls", f"the policy asked for {self._num_calls + len(calls)}")
             return
         else:
             result = StepResult(done=False, messages=[await self._answer(call) for call in calls])
         self._say(result.messages)
-        if result.done or len(self.trajectory.transitions) >= self._limits.turns:
-            self._end("done" if result.done else "turns")
+        if result.done:
+            self._end("done")
+        elif len(self.trajectory.transitions) >= self._limits.turns:
+            self._limit("turns", "the env asked for more")
         else:
             self._observation = self._render()
 
@@ -215,6 +217,10 @@ class Attempt:
     def _end(self, ended: Ended) -> None:
         self._observation, self.trajectory.ended = None, ended
 
+    def _limit(self, which: Ended, met: str) -> None:
+        self._end(which)
+        self.trajectory.limit = f"limits.{which}={getattr(self._limits, which):.10g}, {met}"
+
     async def _owed(self, method: Callable[..., Any], *arguments: Any) -> Any:
         """What `reset` or `step` gives. Where nothing comes the policy is not to blame, as it is for the tools it calls."""
         try:
@@ -243,7 +249,7 @@ class Attempt:
         except SamplingFailed:
             raise
         except OutOfTime:
-            self._end("seconds")
+            self._limit("seconds", "a tool was still at work")
         except asyncio.CancelledError as error:  # ours, or one that leaked out of what the env waited for
             if (task := asyncio.current_task()) is None or task.cancelling():
                 raise

@@ -36,10 +36,16 @@ class Trajectory:
     ended: Ended = "done"
     advantage: float | None = None  # the recipe's; None: not trained on
     error: str | None = None  # "KeyError: 'x' (my_env.py:12)"
+    limit: str | None = None  # that ended it, with its numbers: "limits.context=1024, the prompt has 3,012 tokens"
 
     @property
     def error_type(self) -> str | None:
         return self.error.partition(":")[0].partition(" ")[0] if self.error else None
+
+    @property
+    def failure(self) -> str | None:
+        """Why nothing came of it: its error, or the limit that ended it while it had no reward."""
+        return self.error or (None if self.reward else self.limit)
 
     @property
     def truncated(self) -> bool:

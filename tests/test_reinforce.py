@@ -226,11 +226,22 @@ def test_a_run_without_a_single_good_rollout_ends_in_one_line(
     tmp_path: Path, task: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert rl(tmp_path / "short", task, "steps=1", reward="never") == 2
-    assert "all rollouts of 1 steps in a row failed" in capsys.readouterr().err
+    assert "all rollouts of the only step failed, the last one: RewardError: " in capsys.readouterr().err
     assert rl(tmp_path / "run", task, reward="never") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: all rollouts of 3 steps in a row failed") and "no such row" in error
     assert error.count("\n") == 1
+
+
+def test_prompts_longer_than_the_context_are_told_with_their_numbers_and_end_the_run(
+    tmp_path: Path, task: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert rl(tmp_path / "run", task, "steps=2", "limits.context=20") == 2
+    screen = capsys.readouterr()
+    told = [line for line in screen.out.splitlines() if "a rollout ended without a reply at problem" in line]
+    assert len(told) == 1 and "limits.context=20, the prompt has " in told[0]
+    assert screen.err.startswith("error: all rollouts of 2 steps in a row failed, the last one: limits.context=20")
+    assert all(row["env/limits/context"] == 32 for row in metrics(tmp_path / "run") if row["progress/step"])
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from cookbook.config import LogConfig
-from cookbook.rollout_log import most_telling, new_errors, side_by_side, write_rollouts
+from cookbook.rollout_log import most_telling, new_failures, side_by_side, write_rollouts
 from cookbook.rollouts import Group
 from cookbook.run import Run
 from cookbook.trajectories import Trajectory, Transition
@@ -78,14 +78,21 @@ def test_resume_cuts_rollouts_after_the_step_it_goes_back_to(tmp_path: Path) -> 
         assert files() == {"eval-000000", "000001", "000002"}
 
 
-def test_each_type_of_error_is_told_once() -> None:
+def test_each_type_of_error_and_each_limit_that_kept_from_rewards_is_told_once() -> None:
     known: set[str] = set()
     failed = [attempt(0, error="KeyError: 'x'"), attempt(0, error="KeyError: 'y'"), attempt(0, error="OSError")]
-    assert new_errors([Group(3, "", [], failed)], known) == [
+    assert new_failures([Group(3, "", [], failed)], known) == [
         "a rollout failed at problem 3: KeyError: 'x'",
         "a rollout failed at problem 3: OSError",
     ]
-    assert new_errors([Group(4, "", failed[:1])], known) == []
+    assert new_failures([Group(4, "", failed[:1])], known) == []
+    unasked = Trajectory(ended="context", limit="limits.context=1024, the prompt has 3,012 tokens")
+    paid = replace(attempt(1.0), ended="turns", limit="limits.turns=2, the env asked for more")
+    unpaid = replace(paid, reward=0.0)
+    assert new_failures([Group(5, "", [paid]), Group(6, "", [unasked, unpaid, unpaid])], known) == [
+        "a rollout ended without a reply at problem 6: limits.context=1024, the prompt has 3,012 tokens",
+        "a rollout ended without a reward at problem 6: limits.turns=2, the env asked for more",
+    ]
 
 
 def shown(group: Group, width: int = 100) -> str:

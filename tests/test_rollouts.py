@@ -178,15 +178,18 @@ def test_a_bad_call_is_counted_and_answered(call: str, kind: str, said: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("limits", "ended", "num_turns"),
+    ("limits", "ended", "met", "num_turns"),
     [
-        ({"turns": 2}, "turns", 2),
-        ({"tokens": 7}, "tokens", 2),  # 5 tokens a reply
-        ({"context": 40}, "context", 1),
+        ({"turns": 2}, "turns", "limits.turns=2, the env asked for more", 2),
+        ({"tokens": 7}, "tokens", "limits.tokens=7, all are sampled", 2),  # 5 tokens a reply
+        ({"context": 40}, "context", "limits.context=40, the prompt has 46 tokens", 1),
     ],
 )
-def test_limits_end_an_attempt_with_the_rewards_it_has(limits: dict[str, int], ended: str, num_turns: int) -> None:
+def test_limits_end_an_attempt_with_the_rewards_it_has(
+    limits: dict[str, int], ended: str, met: str, num_turns: int
+) -> None:
     trajectory = play(CountDown(), sampler("four"), **limits)
+    assert trajectory.limit == met and trajectory.failure is None
     assert trajectory.ended == ended and trajectory.error is None
     assert len(trajectory.transitions) == num_turns and trajectory.reward == pytest.approx(0.1 * num_turns)
 
@@ -201,11 +204,13 @@ def test_a_prompt_longer_than_the_context_ends_the_attempt_unsampled() -> None:
     client = sampler("four")
     trajectory = play(Ask(question="?" * 100), client, context=50)
     assert trajectory.ended == "context" and not client.requests and trajectory.reward == 0
+    assert str(trajectory.failure).startswith("limits.context=50, the prompt has 1")
 
 
 def test_calls_beyond_their_limit_are_not_run() -> None:
     trajectory = play(Adder(), sampler(CALL, TOOL_RENDERER), tool_calls=2)
     assert trajectory.ended == "tool_calls" and trajectory.metrics["tool_calls"] == 2
+    assert trajectory.failure == "limits.tool_calls=2, the policy asked for 3"
     assert len(trajectory.transitions) == 3
 
 
@@ -240,6 +245,7 @@ def test_a_tool_that_hangs_ends_the_attempt_with_the_rewards_it_has() -> None:
     trajectory = play(env, sampler(CALL, TOOL_RENDERER), seconds=0.3)
     release.set()
     assert trajectory.ended == "seconds" and trajectory.error is None and len(trajectory.transitions) == 1
+    assert trajectory.failure == "limits.seconds=0.3, a tool was still at work"
 
 
 def test_waiting_for_the_sampler_is_not_the_envs_time() -> None:

@@ -252,15 +252,16 @@ def policy_metrics(
     """The trainer's logprobs of sampled tokens against the sampler's, per substep: kl/* of the first, ratio/* of all.
 
     v1 = mean(q - lp), v2 = mean((q - lp)^2) / 2; before the first update both are the same policy, and what is left is
-    the difference between two ways of computing it. clip_frac: tokens whose ratio lies outside the loss's bounds, or
-    those of ppo where it has none.
+    the difference between two ways of computing it. A token's ratio is that of its sequence where the loss takes that.
+    clip_frac: tokens whose ratio lies outside the loss's bounds, or those of ppo where it has none.
     """
     import torch
 
     low, high = clip.get("clip_low_threshold", 0.8), clip.get("clip_high_threshold", 1.2)
-    gaps = [torch.cat([_gap(d, o["logprobs"]) for d, o in zip(part, output.loss_fn_outputs, strict=True)])
-            for part, output in zip(data, outputs, strict=True)]  # fmt: skip
-    first, ratio = gaps[0], torch.cat(gaps).exp()
+    pairs = [[(datum, found["logprobs"]) for datum, found in zip(part, output.loss_fn_outputs, strict=True)]
+             for part, output in zip(data, outputs, strict=True)]  # fmt: skip
+    first = torch.cat([_gap(*pair) for pair in pairs[0]])
+    ratio = torch.cat([_log_ratio(*pair) for part in pairs for pair in part]).exp()
     return {
         "kl/sample_train_v1": float(-first.mean()),
         "kl/sample_train_v2": float(first.square().mean() / 2),
@@ -270,12 +271,20 @@ def policy_metrics(
     }
 
 
-def _gap(datum: Datum, logprobs: torch.Tensor) -> torch.Tensor:
-    """lp - q of the sampled tokens of a datum."""
+def _gap(datum: Datum, logprobs: torch.Tensor, mask: str = "weights") -> torch.Tensor:
+    """lp - q of the sampled tokens of a datum, or of those in another mask."""
     import torch
 
-    sampled = torch.as_tensor(datum.loss_fn_inputs["weights"]) != 0
-    return (logprobs - torch.as_tensor(datum.loss_fn_inputs["logprobs"]))[sampled]
+    chosen = torch.as_tensor(datum.loss_fn_inputs[mask]) != 0
+    return (logprobs - torch.as_tensor(datum.loss_fn_inputs["logprobs"]))[chosen]
+
+
+def _log_ratio(datum: Datum, logprobs: torch.Tensor) -> torch.Tensor:
+    """Of the sampled tokens: lp - q, or with gspo its mean over the sequence, for each of them."""
+    gap = _gap(datum, logprobs)
+    if "sequence_ratio_mask" not in datum.loss_fn_inputs:
+        return gap
+    return _gap(datum, logprobs, "sequence_ratio_mask").mean().expand_as(gap)
 
 
 def check_config(config: RLConfig) -> dict[str, float]:

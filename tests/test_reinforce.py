@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -79,6 +80,16 @@ def test_kl_and_ratio_metrics_compare_trainer_and_sampler() -> None:
     assert found["kl/max_abs_dlogprob"] == 1.0 and found["ratio/p99"] == pytest.approx(2.71828, rel=1e-4)
     assert found["ratio/clip_frac"] == 0.5
     assert policy_metrics([data()], [output], {"clip_low_threshold": 0.0, "clip_high_threshold": 4.0})["ratio/clip_frac"] == 0
+
+
+def test_the_ratio_of_gspo_is_that_of_a_sequence() -> None:
+    outputs = [{"logprobs": torch.tensor([9.0] * 5 + gaps) - 5.0} for gaps in ([0.5, -0.5, 0.2, -0.2], [0.1, 0.1, 0.1, 0.3])]
+    batch, bounds = data() + data(seed=3), {"clip_low_threshold": 1 - 3e-4, "clip_high_threshold": 1 + 4e-4}
+    asked = mean_over_sampled_tokens(batch, "gspo")
+    found = policy_metrics([asked], [ForwardBackwardOutput(outputs)], bounds)
+    assert found["ratio/clip_frac"] == 0.5 and found["ratio/p99"] == pytest.approx(math.exp(0.15))
+    of_tokens = policy_metrics([batch], [ForwardBackwardOutput(outputs)], bounds)
+    assert of_tokens["ratio/clip_frac"] == 1.0 and found["kl/max_abs_dlogprob"] == of_tokens["kl/max_abs_dlogprob"]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from cookbook.memory import peak_memory_gb
 from cookbook.renderers import load_renderer
 from cookbook.rollout_log import most_telling, new_failures, side_by_side, table_rows, write_rollouts
 from cookbook.rollout_metrics import eval_metrics, kind_of, step_metrics
-from cookbook.rollouts import Group, Limits, Rollouts
+from cookbook.rollouts import Group, Limits, Rollouts, check_limits
 from cookbook.run import Run, RunConfig
 from cookbook.schedule import peak_learning_rate
 from cookbook.service import check_vocabulary, connect, new_trainer, opened, resumed
@@ -304,14 +304,22 @@ def check_config(config: RLConfig) -> dict[str, float]:
         raise UsageError(f"group_size={config.group_size}: an advantage compares attempts, give at least 2")
     if not 0 < config.temperature < math.inf:
         raise UsageError(f"temperature={config.temperature:g}: expected more than 0; attempts must differ to be compared")
-    if config.eval.samples < 1 or not 0 <= config.eval.temperature < math.inf:
-        raise UsageError("eval.samples must be at least 1 and eval.temperature at least 0")
-    if config.eval.samples > 1 and config.eval.temperature == 0:
-        raise UsageError(f"eval.samples={config.eval.samples} would all be the same at eval.temperature=0: set it to 1, say")
+    check_limits(config.limits)
+    _check_eval(config.eval)
     try:
         return check_loss_config(config.loss_fn, config.loss_fn_config)
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def _check_eval(config: EvalConfig) -> None:
+    for key, at_least in (("problems", 0), ("samples", 1)):
+        if getattr(config, key) < at_least:
+            raise UsageError(f"eval.{key}={getattr(config, key)}: expected at least {at_least}")
+    if not 0 <= config.temperature < math.inf:
+        raise UsageError(f"eval.temperature={config.temperature:g}: expected a number from 0 on")
+    if config.samples > 1 and config.temperature == 0:
+        raise UsageError(f"eval.samples={config.samples} would all be the same at eval.temperature=0: set it to 1, say")
 
 
 def _check_off_policy(config: RLConfig, max_steps_off_policy: int) -> None:

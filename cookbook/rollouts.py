@@ -63,6 +63,16 @@ class Limits:
     on_error: str = "drop"  # drop | zero (reward): what becomes of a rollout whose env fails, or hangs in reset or step
 
 
+def check_limits(limits: Limits) -> None:
+    """UsageError for those that no rollout could keep."""
+    if limits.on_error not in ON_ERROR:
+        meant = did_you_mean(limits.on_error, ON_ERROR)
+        raise UsageError(f"limits.on_error={limits.on_error}: expected {' or '.join(ON_ERROR)}{meant}")
+    for key, least in (("turns", 1), ("tokens", 1), ("context", 1), ("tool_calls", 0), ("seconds", 0.001)):
+        if (value := getattr(limits, key)) is not None and not value >= least:
+            raise UsageError(f"limits.{key}={value}: expected at least {least}")
+
+
 @dataclass
 class Group:
     """The attempts at one problem: those that count, and those dropped because they failed."""
@@ -310,13 +320,7 @@ class Rollouts:
     limits: Limits
 
     def __post_init__(self) -> None:
-        if self.limits.on_error not in ON_ERROR:
-            meant = did_you_mean(self.limits.on_error, ON_ERROR)
-            raise UsageError(f"limits.on_error={self.limits.on_error}: expected {' or '.join(ON_ERROR)}{meant}")
-        for key in ("turns", "tokens", "context", "seconds"):
-            value = getattr(self.limits, key)
-            if value is not None and not value > 0:
-                raise UsageError(f"limits.{key}={value}: expected more than 0")
+        check_limits(self.limits)
 
     def run(self, problems: Sequence[Problem], client: Sampler, group_size: int, seed: Seed, first: int = 0) -> list[Group]:
         """`group_size` attempts at each problem, in order; they are problems `first`, `first` + 1, ... of their stream."""

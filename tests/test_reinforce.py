@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from cookbook.cli import main
 from cookbook.errors import UsageError
-from cookbook.rl import check_config, policy_metrics
+from cookbook.rl import EvalConfig, check_config, policy_metrics
+from cookbook.rollouts import Limits
 from cookbook.trajectories import Trajectory, Transition, data_of
 from core import Datum, ForwardBackwardOutput, ModelInput
 from recipes.rl import grpo
@@ -103,6 +104,11 @@ def test_the_ratio_of_gspo_is_that_of_a_sequence() -> None:
         ({"truncated": "drop"}, "truncated=drop: expected one of keep, mask, penalise"),
         ({"num_substeps": 0}, "num_substeps=0: expected at least 1"),
         ({"kl_penalty": float("nan")}, "kl_penalty=nan"),
+        ({"limits": Limits(tool_calls=-1)}, "limits.tool_calls=-1: expected at least 0"),
+        ({"limits": Limits(turns=0)}, "limits.turns=0: expected at least 1"),
+        ({"eval": EvalConfig(problems=-1)}, "eval.problems=-1: expected at least 0"),
+        ({"eval": EvalConfig(samples=0)}, "eval.samples=0: expected at least 1"),
+        ({"eval": EvalConfig(temperature=math.inf)}, "eval.temperature=inf: expected a number from 0 on"),
     ],
 )
 def test_what_no_run_could_be_made_of_is_one_line(change: dict[str, object], said: str) -> None:

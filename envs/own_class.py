@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
 import random
 import sys
 import threading
+import traceback
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,7 +36,7 @@ class Config:
 # An Env or a Problem is made of the columns of a row that its __init__ names. A class in TRL's shape is made without them and
 # gets them in reset(**row), which says what the policy reads after the row's `prompt`, if there is one; its other public
 # methods are tools; its get_reward(), or else `reward`, is read once, when a reply calls none. A function is called with
-# split and seed and yields Problems by itself.
+# split, seed and env.args by name, and yields Problems by itself.
 
 
 @final
@@ -98,7 +100,7 @@ def problems(config: Config, split: str, seed: int) -> Iterator[Problem]:
         raise ValueError("env.cls is missing: expected file.py:Name or module:Name")
     given = _load(config.cls)
     if not inspect.isclass(given):
-        return _checked(given(split=split, seed=seed, **config.args), config.cls)
+        return _yielded(given, config, split, seed)
     if not (issubclass(given, Env | Problem) or callable(getattr(given, "reset", None))):
         raise ValueError(f"env.cls={config.cls}: expected an Env, a Problem, or a class with a method `reset`")
     if inspect.isabstract(given):
@@ -115,12 +117,14 @@ def problems(config: Config, split: str, seed: int) -> Iterator[Problem]:
             _check_columns(taker, {*row, *given_all}, config)
         rows = reshuffled(split_rows(every, repr, config.eval_rows, split), split, seed)
     tag = given.__name__
-    return (_problem(given, row, config.args, tag) for row in rows)
+    return (_problem(given, row, config, tag) for row in rows)
 
 
-def _problem(given: type, row: Row, args: dict[str, Any], tag: str) -> Problem:
+def _problem(given: type, row: Row, config: Config, tag: str) -> Problem:
+    args = config.args
     if issubclass(given, Problem):
-        return given(**_accepted(given, row), **args)
+        with _explained(given.__init__, config):
+            return given(**_accepted(given, row), **args)
     if issubclass(given, Env):
         return Attempts(partial(given, **_accepted(given, row), **args), tag=tag)
     return Attempts(partial(TrlEnv, partial(given, **args), row), tag=tag)
@@ -131,11 +135,26 @@ def _seeds(rng: random.Random) -> Iterator[Row]:
         yield {"seed": rng.getrandbits(32)}
 
 
-def _checked(stream: Any, name: str) -> Iterator[Problem]:
-    for problem in stream:
-        if not isinstance(problem, Problem):
-            raise ValueError(f"env.cls={name} yielded {type(problem).__name__}: expected envs.env.Problem")
-        yield problem
+def _yielded(function: Given, config: Config, split: str, seed: int) -> Iterator[Problem]:
+    with _explained(function, config):
+        for problem in function(split=split, seed=seed, **config.args):
+            if not isinstance(problem, Problem):
+                raise TypeError(f"yielded {type(problem).__name__}, expected envs.env.Problem")
+            yield problem
+
+
+@contextlib.contextmanager
+def _explained(function: Given, config: Config) -> Iterator[None]:
+    """What code of theirs raises, as a ValueError that says where: the deepest line in its file, or that of its `def`."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        said, place = " ".join(str(error).split())[:300], ""
+        if (code := getattr(function, "__code__", None)) is not None:
+            frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == code.co_filename]
+            place = f" ({Path(code.co_filename).name}:{frames[-1].lineno if frames else code.co_firstlineno})"
+        kind = type(error).__name__
+        raise ValueError(f"env.cls={config.cls}: {kind}{': ' if said else ''}{said}{place}") from error
 
 
 def _accepted(function: Given, row: Row) -> Row:

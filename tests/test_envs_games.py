@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from cookbook.environments import problem_stream
+from cookbook.errors import UsageError
 from cookbook.rollouts import Limits, Rollouts
 from core import SamplingParams
 from envs import own_class, text_games, tictactoe
@@ -67,7 +69,7 @@ def test_squares_are_read_from_the_drawing() -> None:
 # ---- a class of one's own
 
 OURS = '''
-from envs.env import Attempts, Env, StepResult
+from envs.env import Attempts, Env, Problem, StepResult
 
 class Parity(Env):
     def __init__(self, number=0, seed=0):
@@ -104,6 +106,26 @@ class Theirs:
 
 def several(split, seed, count=3):
     return (Attempts(lambda n=n: Parity(n), str(n)) for n in range(count))
+
+def wants_more(config, split, seed):
+    return iter(())
+
+def nothing(split, seed):
+    pass
+
+def texts(split, seed):
+    yield "a problem"
+
+def breaks(split, seed):
+    yield Attempts(Parity)
+    raise KeyError("no\\nsuch row")
+
+class Broken(Problem):
+    def __init__(self, seed):
+        self.number = 1 / 0
+
+    def make(self, group_size):
+        return []
 '''
 
 
@@ -163,6 +185,23 @@ def test_what_is_no_class_is_one_line(module: str, cls: str | None, said: str) -
     with pytest.raises(ValueError) as caught:
         first_env(own_class.Config(cls=cls and cls.format(module=module)))
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "line"),
+    [
+        ("wants_more", "TypeError: wants_more() missing 1 required positional argument: 'config'", "def wants_more"),
+        ("nothing", "TypeError: 'NoneType' object is not iterable", "def nothing"),
+        ("texts", "TypeError: yielded str, expected envs.env.Problem", "def texts"),
+        ("breaks", "KeyError: 'no\\nsuch row'", "raise KeyError"),
+        ("Broken", "ZeroDivisionError: division by zero", "1 / 0"),
+    ],
+)
+def test_what_code_of_ones_own_raises_is_one_line(module: str, name: str, said: str, line: str) -> None:
+    number = next(i for i, text in enumerate(Path(module).read_text().splitlines(), 1) if line in text)
+    with pytest.raises(UsageError) as caught:
+        list(problem_stream({"name": "class", "cls": f"{module}:{name}"}, "train", 0))
+    assert str(caught.value) == f"env.cls={module}:{name}: {said} (mine.py:{number})"
 
 
 def test_a_game_of_textarena_is_played_to_its_end() -> None:

@@ -81,7 +81,7 @@ def check_columns(rewards: list[Reward], prompts: list[Prompt], name: str) -> No
         if missing := next((column for column in reward.wants if column not in known), None):
             raise UsageError(
                 f"reward {reward.name} asks for {missing!r}, no column of {name}{did_you_mean(missing, known)};"
-                f" there are {', '.join(known) or 'none'} besides the prompt"
+                f" beside the prompt it has {', '.join(known) or 'none'}"
             )
 
 

@@ -155,7 +155,7 @@ def test_a_column_that_a_function_asks_for_must_be_there(tmp_path: Path) -> None
     with pytest.raises(UsageError) as raised:
         asked(tmp_path, data, "train", 1)
     assert str(raised.value) == (
-        "reward length asks for 'answer', no column of p.jsonl (did you mean anwser?); there are anwser besides the prompt"
+        "reward length asks for 'answer', no column of p.jsonl (did you mean anwser?); beside the prompt it has anwser"
     )
 
 

@@ -55,7 +55,7 @@ async def attempts(envs: Sequence[Env], policies: Sequence[Policy], seconds: flo
 
 def seats(problem: Problem) -> list[Env]:
     """One env, or the seats of one game."""
-    return problem.make(1) or problem.make(2)
+    return problem.make(1) or problem.make(max(2, problem.num_seats))
 
 
 async def opening(problem: Problem) -> tuple[list[Message], Sequence[Callable[..., Any]]]:

@@ -28,6 +28,7 @@ from envs.env import Problem
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
 
     from cookbook.service import Service, Trainer
 
@@ -75,6 +76,18 @@ def eval_name(config: Task) -> str:
     return str(config.env["name"]) if config.env else "held_out"
 
 
+def training_problems(config: RLConfig, skip: int, console: Console) -> Iterator[Problem]:
+    """Problems `skip`, `skip` + 1, ...; UsageError where attempts are seats of games and the first one's leave some over."""
+    problems = problems_of(config, "train", skip, console)
+    if (first := next(problems, None)) is None:
+        return problems
+    for key, attempts in (("group_size", config.group_size), ("eval.samples", config.eval.samples)):
+        if attempts > 1 and attempts % first.num_seats:  # a single one is one game
+            told = f"{key}={attempts}: {first.tag} has {first.num_seats} seats, each of them an attempt"
+            raise UsageError(f"{told}; expected a multiple of {first.num_seats}")
+    return itertools.chain([first], problems)
+
+
 @dataclass(frozen=True)
 class Round:
     """Attempts under way at some problems, all by the policy as it stood after `policy_step` steps."""
@@ -102,7 +115,7 @@ class Session:
         loop = found[0]["loop"] if found else {}
         self.done = found[0]["step"] if found else 0
         self.num_problems, self.num_episodes, self.num_tokens = (loop.get(key, 0) for key in LOOP)
-        self._problems = problems_of(config, "train", skip=self.num_problems, console=run.console)
+        self._problems = training_problems(config, self.num_problems, run.console)
         self._num_taken = self.num_problems  # those under way included, which a resumed run attempts anew
         self._under_way: deque[Round] = deque()
         self._held_out: list[Problem] = []

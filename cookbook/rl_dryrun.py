@@ -22,7 +22,7 @@ from cookbook.env_drive import opening
 from cookbook.environments import problems_of
 from cookbook.errors import UsageError
 from cookbook.renderers import load_renderer
-from cookbook.rl import RLConfig, check_config, limits_of
+from cookbook.rl import RLConfig, check_config, limits_of, training_problems
 from cookbook.schedule import default_learning_rate, learning_rate_at, peak_learning_rate
 from cookbook.service import connect, start_of
 from cookbook.tool_prompt import told_of_tools
@@ -60,7 +60,7 @@ def dry_run(config: RLConfig, console: Console) -> None:
     service = connect(config.service, Path("checkpoints"), config.engine)
     if config.init_from is not None:
         start_of(service, config.init_from)
-    problem = next(problems_of(config, "train", console=console))
+    problem = next(training_problems(config, 0, console))
     num_evaluated = sum(1 for _ in itertools.islice(problems_of(config, "eval"), config.eval.problems))
     between = (config.steps - 1) // config.eval_every if config.eval_every > 0 else 0
     prompt = _show_prompt(problem, load_renderer(config.model), console)

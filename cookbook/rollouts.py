@@ -355,7 +355,7 @@ class Rollouts:
 def _envs(problem: Problem, group: Group, group_size: int) -> list[Env]:
     """Fresh envs; a problem that cannot make any leaves a failed trajectory in its group."""
     try:
-        if envs := problem.make(group_size) or problem.make(2):  # a game has two seats at least
+        if envs := problem.make(group_size) or problem.make(max(2, problem.num_seats)):  # one game at least
             return envs
         raise ValueError(f"make({group_size}) of a problem gave no env")
     except Exception as error:

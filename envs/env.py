@@ -45,6 +45,7 @@ class Problem(ABC):
     """Something to attempt. `tag` groups metrics (env/<tag>/...)."""
 
     tag: str = ""
+    num_seats: int = 1  # of one game; each is an attempt
 
     @abstractmethod
     def make(self, group_size: int) -> list[Env]:

@@ -146,14 +146,14 @@ class Seat(Env):
 @dataclass(frozen=True)
 class TextGame(Problem):
     name: str
-    num_players: int
     seed: int
     max_replies: int
     tag: str
+    num_seats: int
 
     def make(self, group_size: int) -> list[Env]:
-        games = [Game(self.name, self.num_players, self.seed) for _ in range(group_size // self.num_players)]
-        return [Seat(game, seat, self.max_replies) for game in games for seat in range(self.num_players)]
+        games = [Game(self.name, self.num_seats, self.seed) for _ in range(group_size // self.num_seats)]
+        return [Seat(game, seat, self.max_replies) for game in games for seat in range(self.num_seats)]
 
 
 def problems(config: Config, split: str, seed: int) -> Iterator[TextGame]:
@@ -163,7 +163,7 @@ def problems(config: Config, split: str, seed: int) -> Iterator[TextGame]:
     num_players = _players(config)
     seeds = held_apart(_seeds(generator(split, seed)), str, split)
     tag = config.game.split("-v")[0]
-    return (TextGame(config.game, num_players, one, config.max_replies, tag) for one in seeds)
+    return (TextGame(config.game, one, config.max_replies, tag, num_players) for one in seeds)
 
 
 def _seeds(rng: random.Random) -> Iterator[int]:

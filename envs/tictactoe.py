@@ -172,6 +172,7 @@ class Opening(Problem):
     board: str
     illegal_moves: int
     tag: str = "tictactoe"
+    num_seats: int = 2
 
     def make(self, group_size: int) -> list[Env]:
         first = mover(self.board)

@@ -64,6 +64,9 @@ def test_prompts_of_ones_own_are_read_and_counted(model: Path, capsys: pytest.Ca
         (("limits.context=20", "max_tokens=8"), "tokens, the context 20: there is no room for a reply"),
         (("max_tokens=100000",), "max_tokens=100000 leaves no room for a prompt"),
         (("optim.schedule=linaer",), "optim.schedule=linaer is unknown"),
+        (("env=tictactoe", "group_size=5"), "group_size=5: tictactoe has 2 seats, each of them an attempt"),
+        (("env=tictactoe", "eval.samples=3", "eval.temperature=1"), "eval.samples=3: tictactoe has 2 seats"),
+        (("limits.tool_calls=-1",), "limits.tool_calls=-1: expected at least 0"),
         (("init_from=nowhere",), "init_from=nowhere: no such directory"),
     ],
 )

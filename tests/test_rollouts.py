@@ -407,6 +407,17 @@ def test_the_seats_of_a_game_wait_for_each_other(group_size: int) -> None:
     assert [t.reward for t in group.trajectories] == [0.0, 1.0] * games
 
 
+class Trio(Problem):
+    num_seats = 3
+
+    def make(self, group_size: int) -> list[Env]:
+        return [Ask() for _ in range(3 * (group_size // 3))]
+
+
+def test_a_single_attempt_at_a_game_has_all_its_seats() -> None:
+    assert [len(run([Trio()], sampler("x"), group_size)[0].trajectories) for group_size in (1, 6)] == [3, 6]
+
+
 class Ranked(Problem):
     def __init__(self, rewards: object) -> None:
         self.rewards = rewards

@@ -62,6 +62,13 @@ class Checkpoints:
         rated = [row for row in self.rows if math.isfinite(self._rating(row))]
         return min(rated, key=self._rating, default=None)
 
+    def sound(self, step: int) -> CheckpointRow | None:
+        """The newest whose weights are known to give finite numbers: they were evaluated, or a step trained on them is
+        among the `step` steps logged.
+        """
+        known = (row for row in reversed(self.rows) if row["step"] < step or math.isfinite(self._rating(row)))
+        return next((row for row in known if (path := self.directory(row)) is None or path.is_dir()), None)
+
     def beaten_by(self, metrics: Mapping[str, float]) -> bool:
         """Whether weights with these metrics would be the best."""
         best = self.best

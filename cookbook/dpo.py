@@ -236,15 +236,13 @@ class Session(Generic[AnyUnit]):
         except FloatingPointError as error:
             labels = [unit.label for unit in self.data.batch(step)]
             shown = ", ".join(labels[:4]) + (f" and {len(labels) - 4} more" if len(labels) > 4 else "")
-            raise UsageError(
-                f"step {step + 1}: {error}; rows {shown}. Earlier checkpoints are good: lower learning_rate (cook rerun)"
-            ) from error
+            raise FloatingPointError(f"step {step + 1}: {error}; rows {shown} (cook data show)") from error
 
     def _evaluate(self) -> dict[str, float]:
         """Held-out replies under the policy as it is."""
-        samples = self._samples(self.done, final=self.done == self.num_steps)
+        final = self.done == self.num_steps
         if not self.data.held_out:
-            return samples
+            return self._samples(self.done, final)
         parts = self._ended(self._asked(self.done, self.data.held_out))
         # after the reference: in micro-batches with it, bf16 would round the two differently, and step 0 is to be a tie
         futures = [self.trainer.forward(part.data, "cross_entropy", logprobs="weighted") for part in parts]
@@ -255,6 +253,7 @@ class Session(Generic[AnyUnit]):
         if "accuracy" in figures:
             for kind in sorted({unit.kind for part in parts for unit in part.units} - {""}):
                 figures[f"accuracy/{kind}"] = self._accuracy_of(kind, parts, policy)
+        samples = self._samples(self.done, final) if math.isfinite(figures["loss"]) else {}  # run.log stops at nan
         return {**{f"held_out/{name}": value for name, value in figures.items()}, **samples}
 
     def _write(self, part: Part[AnyUnit], output: ForwardBackwardOutput) -> None:

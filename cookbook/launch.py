@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cookbook import records
 from cookbook.compose import DEFAULT_RECIPE, Composed, load_recipe, recompose, to_yaml
 from cookbook.errors import UsageError
 from cookbook.run_reader import RUNS, PastRun, read_run
@@ -22,7 +23,7 @@ def launch(composed: Composed, run_dir: Path | None = None) -> int | None:
     directory = run_dir or _new_directory(composed)
     config = replace(config, name=config.name or directory.name, run_dir=str(directory))
     _make_absolute(config)
-    from cookbook.run import disk_full, prepare
+    from cookbook.run_record import prepare
 
     is_new = not directory.exists()
     try:
@@ -37,7 +38,7 @@ def launch(composed: Composed, run_dir: Path | None = None) -> int | None:
         status = load_recipe(composed.recipe).main(config)
     except UsageError as error:
         begun = any((directory / name).exists() for name in ("metrics.jsonl", "checkpoints.jsonl"))
-        if is_new and not begun and not disk_full(error.__cause__):
+        if is_new and not begun and not records.disk_full(error.__cause__):
             shutil.rmtree(directory)  # a mistyped path leaves no run behind, and its name= is free again
         raise
     if getattr(config, "service", "local") != "local":

@@ -88,6 +88,13 @@ def _sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+def disk_full(error: BaseException | None) -> bool:
+    """Also from libraries that keep only the text of the system's error (safetensors)."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "No space left on device" in str(error)
+
+
 def read_rows(path: Path) -> list[Row]:
     """All complete rows; a torn last line is left out. UsageError names a broken line elsewhere."""
     if not path.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ class Result(TypedDict):
     best: dict[str, Any]  # step, checkpoint and the metric of the best checkpoint; empty without evaluated ones
     checkpoint: str | None  # uri of the newest
     error: NotRequired[str]
+    go_on: NotRequired[str]  # the command that does, where resume would fail in the same way
 
 
 def closing_lines(result: Result, run_dir: Path, checkpoint_dir: Path | None, has_report: bool) -> list[str]:
@@ -43,6 +45,19 @@ def closing_lines(result: Result, run_dir: Path, checkpoint_dir: Path | None, ha
     return [*lines, *_next_commands(result, shlex.quote(run))]
 
 
+def way_out(run_dir: Path, steps: int, good: str | None) -> tuple[str, str | None]:
+    """(what to do, the command) after numbers that are not finite; `good` is the newest checkpoint known to be so."""
+    if steps == 0 and good is None:
+        return "No weight has moved yet: the model, the adapter of init_from or the rows are at fault", None
+    run = shlex.quote(_short(run_dir))
+    if good is None:
+        command = f"cook rerun {run} learning_rate=..."
+        return f"No checkpoint is known to be good: start again with a lower learning_rate ({command})", command
+    good = shlex.quote(good if "://" in good else _short(Path(good)))
+    command = f"cook rerun {run} init_from={good} learning_rate=..."
+    return f"{good} is good: go on from it with a lower learning_rate ({command})", command
+
+
 def _before_after(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
     names = list(dict.fromkeys([*before, *after]))
     if not names:
@@ -51,7 +66,7 @@ def _before_after(before: Mapping[str, float], after: Mapping[str, float]) -> li
     table = ["", f"{'':{width}}  {'before':>10}  {'after':>10}  {'change':>7}"]
     for name in names:
         old, new = before.get(name), after.get(name)
-        change = f"{(new - old) / abs(old):+.0%}" if old and new is not None else ""
+        change = f"{(new - old) / abs(old):+.0%}" if old and new is not None and math.isfinite(new) else ""
         table.append(f"{name:{width}}  {_figure(old):>10}  {_figure(new):>10}  {change:>7}")
     return table
 
@@ -64,6 +79,8 @@ def _next_commands(result: Result, run: str) -> list[str]:
     again = (f"cook rerun {run} learning_rate=1e-4", "the same with other values, as a new run")
     if result["status"] == "completed":
         commands = [(f"cook resume {run} steps={max(1, 2 * result['steps'])}", "train on"), again]
+    elif "go_on" in result:
+        commands = [(result["go_on"], "with a lower rate: resume would end in the same way")]
     elif result["checkpoint"]:
         commands = [(f"cook resume {run}", "go on from the checkpoint")]
     else:

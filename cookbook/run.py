@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -16,14 +16,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Protocol, Self, TypeVar
 
-from cookbook import provenance, records
+from cookbook import records
 from cookbook.checkpoints import CheckpointRow, Checkpoints, note_best
 from cookbook.config import LogConfig
 from cookbook.errors import UsageError
 from cookbook.interrupts import Interrupts
 from cookbook.progress import Progress
 from cookbook.report import AutoReport
-from cookbook.result import Result, Status, closing_lines
+from cookbook.result import Result, Status, closing_lines, way_out
+from cookbook.run_reader import falls
+from cookbook.run_record import prepare, run_directory
 from cookbook.tracking import Tracker, Tracking, connect_trackers
 
 if TYPE_CHECKING:
@@ -39,27 +41,6 @@ class RunConfig(Protocol):
     run_dir: str | None
     keep_last: int
     log: LogConfig
-
-
-def prepare(run_dir: Path, *, recipe: str, config_yaml: str, overrides: list[str]) -> None:
-    """Write run.json, config.yaml, overrides.yaml, code.diff; of a run that exists, run.json notes that it goes on."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    git, diff = provenance.git_state()
-    session = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "versions": provenance.versions(), "git": git}
-    record_file = run_dir / "run.json"
-    if record_file.exists():
-        record = json.loads(record_file.read_text())
-        record["resumed"] = [*record.get("resumed", []), {**session, "overrides": overrides}]
-        overrides = [*record["overrides"], *(item for item in overrides if item not in record["overrides"])]
-        diff_file = run_dir / f"code-resumed-{len(record['resumed'])}.diff"
-    else:
-        record = {"recipe": recipe, "overrides": overrides, **session}
-        diff_file = run_dir / "code.diff"
-    if diff:
-        records.replace(diff_file, diff)
-    records.replace(run_dir / "overrides.yaml", "".join(f"- {json.dumps(item)}\n" for item in overrides) or "[]\n")
-    records.replace(record_file, json.dumps(record, indent=1) + "\n")
-    records.replace(run_dir / "config.yaml", config_yaml)  # last: a directory with this file holds a run
 
 
 class Run:
@@ -81,7 +62,7 @@ class Run:
         tracker: Tracker | None = None,
         console: Console | None = None,
     ) -> None:
-        self.dir = _run_directory(config, recipe)
+        self.dir = run_directory(config.run_dir, config.name, recipe)
         self.dir.mkdir(parents=True, exist_ok=True)
         self.at_end = contextlib.ExitStack()  # closed when the block ends, however it does
         self._lock = records.Lock(self.dir)
@@ -111,6 +92,7 @@ class Run:
         self._total: int | None = None
         self._seconds_before, self._started = 0.0, time.monotonic()
         self._result: Result | None = None
+        self._go_on: str | None = None  # the command, where resume is none
 
     def _connect_trackers(self, config: RunConfig, group: str | None) -> list[Tracker]:
         return connect_trackers(
@@ -201,6 +183,7 @@ class Run:
             return
         if self.step > 0:
             raise ValueError(f"log_eval('before') after {self.step} steps: a resumed run has it in run.evals")
+        _refuse_not_finite(0, named)
         records.write_rows(self.metrics_file, [{"progress/step": 0, **named}])
         self._rated = (0, named)
         self._show({"progress/step": 0, **named})
@@ -215,15 +198,19 @@ class Run:
         self._tracking.add_rows(table, rows)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Metrics of one step, right after it: one line of metrics.jsonl, one call of W&B, the display."""
+        """Metrics of one step, right after it: one line of metrics.jsonl, one call of W&B, the display.
+
+        FloatingPointError when the evaluation that joins the row is no number: these weights are not to be saved.
+        """
         if step <= self.step:
             raise ValueError(f"step {step} logged after step {self.step}: one row a step (call run.resume first)")
         row = {"progress/step": step, **metrics, **self._pending}
         records.append_row(self.metrics_file, row)
-        if self._pending:
-            self._rated, self._pending = (step, self._pending), {}
+        named, self._pending = self._pending, {}
+        self._rated = (step, named) if named else self._rated
         self.step = step
         self._show(row)
+        _refuse_not_finite(step, named)
 
     def checkpoint(
         self,
@@ -290,6 +277,8 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         failed = error is not None and not isinstance(error, KeyboardInterrupt)
+        diverged = error if isinstance(error, FloatingPointError) else None
+        error = self._of_diverged(diverged) if diverged else error
         try:
             if error is None:
                 if self._result is None:
@@ -306,10 +295,19 @@ class Run:
             self._lock.release()
             if self._report and (self.step or not failed):
                 self._report.at_end()
-        if disk_full(error):
+        if records.disk_full(error):
             free = shutil.disk_usage(self.dir).free // 2**20
             advice = f"make room, then `cook resume {self.dir}`"
             raise UsageError(f"the disk of {self.dir} is full ({free} MiB free): {advice}") from error
+        if diverged:
+            assert error is not None
+            raise error from diverged
+
+    def _of_diverged(self, error: FloatingPointError) -> UsageError:
+        """A resumed run would take the same step again, so the way out is another run."""
+        sound = self.checkpoints.sound(self.step)
+        advice, self._go_on = way_out(self.dir, self.step, sound and str(self.location(sound)))
+        return UsageError(f"{error}. {advice}")
 
     def _fail(self, error: BaseException) -> None:
         text = " ".join(str(error).split())
@@ -338,6 +336,8 @@ class Run:
             result["best"] = {"step": best["step"], **figure, "checkpoint": best["uri"]}
         if error is not None:
             result["error"] = error
+        if self._go_on:
+            result["go_on"] = self._go_on
         records.replace(self.dir / "result.json", json.dumps(records.strict(result), indent=1) + "\n")
         return result
 
@@ -378,23 +378,14 @@ def _short_names(metrics: Mapping[str, float]) -> dict[str, float]:
     return {key.removeprefix("eval/"): value for key, value in metrics.items()}
 
 
-def _run_directory(config: RunConfig, recipe: str) -> Path:
-    if config.run_dir is not None:
-        return Path(config.run_dir).expanduser().absolute()
-    directory = Path("runs", config.name or f"{recipe.replace('/', '-')}-{time.strftime('%m%d-%H%M%S')}").absolute()
-    if (directory / "config.yaml").exists():
-        raise UsageError(f"{directory} holds a run already: resume it (run_dir={directory}) or choose another name=")
-    return directory
+def _refuse_not_finite(step: int, evaluated: Mapping[str, float]) -> None:
+    """FloatingPointError for a loss that is no number; a reward that is none is its author's."""
+    for key, value in _short_names(evaluated).items():
+        if falls(key) and not math.isfinite(value):
+            raise FloatingPointError(f"step {step}: {key} is {value}")
 
 
 def _yaml(config: RunConfig) -> str:
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def disk_full(error: BaseException | None) -> bool:
-    """Also from libraries that keep only the text of the system's error (safetensors)."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return "No space left on device" in str(error)

@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 
 from cookbook import records
-from cookbook.run import prepare
+from cookbook.run_record import prepare
 from cookbook.token_texts import TokenTexts
 from core import Datum, ForwardBackwardOutput
 

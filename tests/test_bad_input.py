@@ -412,7 +412,11 @@ def test_a_loss_that_is_no_number_stops_the_run_at_its_last_good_checkpoint(
         f"error: step {done + 1}: loss nan, the gradient of optimizer step {done + 1} is not finite"
     )
     assert "my.jsonl:13" in said.err and said.err.count("my.jsonl:") == 4 and said.err.count("\n") == 1
-    assert "lower learning_rate (cook rerun), or look at these rows (cook data show)" in said.err
+    sound = run / checkpoint_rows(run)[-2]["path"]  # the loss of the step after the newest one is no number
+    way_out = f"cook rerun {run} init_from={sound} learning_rate=..."
+    assert said.err.endswith(f" (cook data show). {sound} is good: go on from it with a lower learning_rate ({way_out})\n")
+    assert f"next        {way_out}  # with a lower rate" in said.out and "cook resume" not in said.out
+    assert result(run)["go_on"] == way_out
     assert (result(run)["status"], result(run)["steps"]) == ("failed", done)
     assert result(run)["checkpoint"] == checkpoint_rows(run)[-1]["uri"] and saved_steps(run)[-1] == done
     good = tmp_path / "clean" / checkpoint_rows(tmp_path / "clean")[done - 1]["path"]
@@ -429,6 +433,30 @@ def test_a_rate_that_blows_the_weights_up_is_told_with_the_step(
     assert line.startswith("error: step 2: loss ") and "is not finite" in line and line.count("\n") == 1
     assert (result(tmp_path / "run")["status"], result(tmp_path / "run")["checkpoint"]) == ("failed", None)
     assert steps_in(tmp_path / "run") == [0, 1]
+
+
+def test_an_evaluation_that_is_no_number_stops_the_run_before_it_saves(
+    tmp_path: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The loss of the only step is that of the untouched model; what the step made of it shows in the evaluation."""
+    run = tmp_path / "run"
+    assert train(run, rows, learning_rate=1e30, steps=1, save_every=1) == 2
+    said = capsys.readouterr()
+    way_out = f"cook rerun {run} learning_rate=..."
+    advice = f"No checkpoint is known to be good: start again with a lower learning_rate ({way_out})"
+    assert said.err == f"error: step 1: held_out/nll is nan. {advice}\n"
+    assert f"next        {way_out}" in said.out and "nan%" not in said.out
+    assert result(run)["status"] == "failed" and result(run)["checkpoint"] is None
+    assert not (run / "checkpoints.jsonl").exists() and metrics(run)[-1]["eval/held_out/nll"] == "NaN"
+
+
+def test_a_broken_start_is_told_before_the_first_step(
+    tmp_path: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tmp_path / "broken", rows, learning_rate=1e30, steps=1, data_eval_rows=0) == 0  # nothing evaluates it
+    assert refusal(capsys, tmp_path / "run", rows, init_from=tmp_path / "broken") == (
+        "step 0: held_out/nll is nan. No weight has moved yet: the model, the adapter of init_from or the rows are at fault"
+    )
 
 
 # ---- a full disk

@@ -22,7 +22,8 @@ from cookbook import records
 from cookbook.checkpoints import CheckpointRow
 from cookbook.config import LogConfig
 from cookbook.errors import UsageError
-from cookbook.run import Run, prepare
+from cookbook.run import Run
+from cookbook.run_record import prepare
 
 ROOT = Path(__file__).parent.parent
 NLL = "eval/held_out/nll"
@@ -165,7 +166,7 @@ def test_steps_only_go_up_and_a_checkpoint_needs_its_row(tmp_path: Path) -> None
 
 def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     with start(tmp_path, keep_last=2) as run:
-        train(run, 1, 6, nll=iter([5.0, 1.0, 4.0, 3.0, float("nan"), 2.0]))
+        train(run, 1, 6, nll=iter([5.0, 1.0, 4.0, 3.0, 6.0, 2.0]))
     assert steps_of(tmp_path, "checkpoints.jsonl", "step") == [2, 5, 6]
     assert directories(tmp_path) == ["000002", "000005", "000006"]
     best = {"step": 2, "held_out/nll": 1.0, "checkpoint": "tinker://abc:train:0/weights/000002"}
@@ -350,6 +351,32 @@ def test_a_crash_leaves_its_error_and_traceback_and_goes_on(tmp_path: Path) -> N
     result = result_of(tmp_path)
     assert (result["status"], result["steps"], result["error"]) == ("failed", 1, "ZeroDivisionError: division by zero")
     assert "Traceback (most recent call last)" in (tmp_path / "console.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("saved", "evaluated", "good"),
+    [(3, None, 2), (3, 1.5, 3), (1, None, None)],
+    ids=["no step trained on the newest one", "the newest one was evaluated", "there is only that one"],
+)
+def test_numbers_that_are_not_finite_lead_to_the_newest_checkpoint_known_to_be_good(
+    tmp_path: Path, saved: int, evaluated: float | None, good: int | None
+) -> None:
+    with pytest.raises(UsageError) as raised, start(tmp_path, keep_last=1 if good is None else 2) as run:
+        train(run, 1, saved - 1)
+        train(run, saved, saved, nll=iter([evaluated]) if evaluated else None)
+        raise FloatingPointError(f"step {saved + 1}: loss nan")
+    line = str(raised.value)
+    assert line.startswith(f"step {saved + 1}: loss nan. ")
+    assert (f"/{good:06d} is good: go on from it" if good else "No checkpoint is known to be good") in line
+    assert f"{result_of(tmp_path)['go_on']})" in line and result_of(tmp_path)["error"] == line
+
+
+def test_an_evaluation_that_is_no_number_is_logged_and_stops_the_run(tmp_path: Path) -> None:
+    """The loss of its step was finite, so the checkpoint before it is good."""
+    with pytest.raises(UsageError, match=r"^step 3: held_out/nll is nan\. .*/000002 is good"), start(tmp_path) as run:
+        train(run, 1, 2)
+        train(run, 3, 3, nll=iter([float("nan")]))
+    assert steps_of(tmp_path) == [1, 2, 3] and steps_of(tmp_path, "checkpoints.jsonl", "step") == [1, 2]
 
 
 def test_a_users_mistake_before_the_first_step_prints_nothing_here(tmp_path: Path) -> None:

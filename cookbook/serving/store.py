@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cookbook.run import disk_full
+from cookbook.records import disk_full
 from cookbook.serving.refusal import Refusal
 from core.checkpoints import KINDS, check_name
 

@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cookbook.config import EngineConfig, JudgeConfig, LogConfig, LoraConfig, ModelConfig, OptimConfig, PromptsConfig
-from cookbook.errors import UsageError
 from cookbook.rl import EvalConfig, Session, eval_name, policy_metrics
 from cookbook.rollout_metrics import kind_of
 from cookbook.rollouts import Limits
@@ -151,13 +150,12 @@ def results(
     submitted: Sequence[tuple[Future[ForwardBackwardOutput], Future[OptimStepOutput]]],
     loss_fn_config: dict[str, float],
 ) -> dict[str, float]:
-    """Metrics of the update; UsageError for one that could not be made."""
+    """Metrics of the update; FloatingPointError with the step for one that could not be made."""
     if not submitted:
         return {}
     outputs = [gradient.result() for gradient, _ in submitted]
     try:
         norms = [update.result().metrics["grad_norm:mean"] for _, update in submitted]
     except FloatingPointError as error:
-        advice = "Earlier checkpoints are good: lower learning_rate (cook rerun)"
-        raise UsageError(f"step {step + 1}: {error}. {advice}") from error
+        raise FloatingPointError(f"step {step + 1}: {error}") from error
     return {"optim/grad_norm": sum(norms) / len(norms), **policy_metrics(batches, outputs, loss_fn_config)}

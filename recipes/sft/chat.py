@@ -12,13 +12,13 @@ label smoothing, and example packing as an option (the engine always packs; sequ
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 
 from cookbook.config import DataConfig, EngineConfig, LogConfig, LoraConfig, ModelConfig, OptimConfig, SamplesConfig
 from cookbook.data import load_supervised
 from cookbook.data_log import write_data
-from cookbook.errors import UsageError
 from cookbook.eval_samples import EvalSamples
 from cookbook.memory import peak_memory_gb
 from cookbook.renderers import load_renderer
@@ -90,7 +90,8 @@ def main(config: Config) -> None:
             batch = mean_over_trained_tokens(data.held_out)
             output = trainer.forward(batch, "cross_entropy", logprobs="weighted").result()
             write_data(run.dir, done, "held_out", batch, output, renderer.texts_of)
-            return {"held_out/nll": output.metrics["loss:sum"], **samples(done, final)}
+            nll = output.metrics["loss:sum"]
+            return {"held_out/nll": nll, **(samples(done, final) if math.isfinite(nll) else {})}  # run.log stops at nan
 
         if not found and evaluates:
             run.log_eval("before", evaluate(0))
@@ -148,13 +149,10 @@ def every(interval: int, done: int) -> bool:
 
 
 def results(now: Submitted, rows: list[str]) -> tuple[float, float]:
-    """(mean NLL per trained token, gradient norm). A step that went wrong names its rows; no weight has moved."""
+    """(mean NLL per trained token, gradient norm). A step that went wrong names its rows; it moved no weight."""
     nll = now.gradient.result().metrics["loss:sum"]
     try:
         return nll, now.update.result().metrics["grad_norm:mean"]
     except FloatingPointError as error:
         shown = ", ".join(rows[:4]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
-        raise UsageError(
-            f"step {now.step + 1}: loss {nll}, {error}; rows {shown}. Earlier checkpoints are good: lower learning_rate"
-            " (cook rerun), or look at these rows (cook data show)"
-        ) from error
+        raise FloatingPointError(f"step {now.step + 1}: loss {nll}, {error}; rows {shown} (cook data show)") from error

@@ -1,0 +1,41 @@
+"""What a run writes down when it begins: run.json, config.yaml, the words typed, how the code differs from its commit."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from cookbook import provenance, records
+from cookbook.errors import UsageError
+
+
+def prepare(run_dir: Path, *, recipe: str, config_yaml: str, overrides: list[str]) -> None:
+    """Write run.json, config.yaml, overrides.yaml, code.diff; of a run that exists, run.json notes that it goes on."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    git, diff = provenance.git_state()
+    session = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "versions": provenance.versions(), "git": git}
+    record_file = run_dir / "run.json"
+    if record_file.exists():
+        record = json.loads(record_file.read_text())
+        record["resumed"] = [*record.get("resumed", []), {**session, "overrides": overrides}]
+        overrides = [*record["overrides"], *(item for item in overrides if item not in record["overrides"])]
+        diff_file = run_dir / f"code-resumed-{len(record['resumed'])}.diff"
+    else:
+        record = {"recipe": recipe, "overrides": overrides, **session}
+        diff_file = run_dir / "code.diff"
+    if diff:
+        records.replace(diff_file, diff)
+    records.replace(run_dir / "overrides.yaml", "".join(f"- {json.dumps(item)}\n" for item in overrides) or "[]\n")
+    records.replace(record_file, json.dumps(record, indent=1) + "\n")
+    records.replace(run_dir / "config.yaml", config_yaml)  # last: a directory with this file holds a run
+
+
+def run_directory(run_dir: str | None, name: str | None, recipe: str) -> Path:
+    """Where a run of these keys lies, absolute. UsageError when the place that its name leads to is taken."""
+    if run_dir is not None:
+        return Path(run_dir).expanduser().absolute()
+    directory = Path("runs", name or f"{recipe.replace('/', '-')}-{time.strftime('%m%d-%H%M%S')}").absolute()
+    if (directory / "config.yaml").exists():
+        raise UsageError(f"{directory} holds a run already: resume it (run_dir={directory}) or choose another name=")
+    return directory

@@ -347,7 +347,7 @@ def _token_sequences(
         raise RowProblem("no trained tokens", f"none in the first {max_length} tokens" if longest > max_length else "")
     report.accept(label, tuple(fixes), row.prompt)
     for sequence in kept:
-        report.measure(len(sequence.tokens), sum(weight > 0 for weight in sequence.weights[1:]))
+        report.measure(sequence)
     return kept
 
 

@@ -102,6 +102,7 @@ class Session(Generic[AnyUnit]):
             config.data, renderer, seed=config.seed, batch_size=config.batch_size, max_length=config.max_length,
             console=run.console,
         )  # fmt: skip
+        run.reads(self.data.report)
         self.trainer = found[1] if found else opened(loading)
         self.reference = opened(reference) if reference else None
         info = self.trainer.get_info()

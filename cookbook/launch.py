@@ -72,7 +72,11 @@ def reopen(run: str, overrides: list[str]) -> tuple[Composed, Path]:
                 f"change (a new run with this change: cook rerun {run} {override})"
             )
     past = _saved(run)
-    return recompose(past.recipe, past.config, overrides), past.directory
+    composed = recompose(past.recipe, past.config, overrides)
+    steps, done = getattr(composed.config, "steps", None), past.newest["step"] if past.newest else 0
+    if steps is not None and steps < done:
+        raise UsageError(f"steps={steps}, but {done} are done: give more, or train anew (cook rerun {run} steps={steps})")
+    return composed, past.directory
 
 
 def repeat(run: str, overrides: list[str], config_dir: Path | None) -> Composed:

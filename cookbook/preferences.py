@@ -243,7 +243,7 @@ def _fitted(
         raise RowProblem("no trained tokens", f"none of a reply in the first {max_length} tokens")
     report.accept(label, tuple(dict.fromkeys(fixes)), prompt)
     for side in kept:
-        report.measure(len(side.tokens), sum(weight > 0 for weight in side.weights[1:]))
+        report.measure(side)
     return kept
 
 

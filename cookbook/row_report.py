@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cookbook.errors import UsageError
 from cookbook.rows import RowProblem
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from cookbook.data import TokenSequence
 
 FIRST = 3  # places named for each reason
 
@@ -42,6 +45,7 @@ class RowReport:
     duplicate_prompts: int = 0
     flags_ignored: int = 0  # usable rows whose per-message `train` or `weight` data.train_on does not ask for
     _prompts: set[int] = field(default_factory=set, repr=False)
+    _digest: Any = field(default_factory=hashlib.sha256, repr=False)  # of all sequences so far
 
     @property
     def total(self) -> int:
@@ -72,9 +76,16 @@ class RowReport:
         self.duplicate_prompts += key in self._prompts
         self._prompts.add(key)
 
-    def measure(self, num_tokens: int, num_trained: int) -> None:
-        self.lengths.append(num_tokens)
-        self.trained_tokens += num_trained
+    def measure(self, sequence: TokenSequence) -> None:
+        """One sequence made from the row just accepted."""
+        self.lengths.append(len(sequence.tokens))
+        self.trained_tokens += sum(weight > 0 for weight in sequence.weights[1:])
+        self._digest.update(len(sequence.tokens).to_bytes(8) + sequence.tokens.tobytes() + sequence.weights.tobytes())
+
+    @property
+    def fingerprint(self) -> dict[str, object]:
+        """Of what has been read so far: equal for the same tokens with the same weights in the same order."""
+        return {"rows": self.ok, "sha256": self._digest.hexdigest()[:16]}
 
     def _count(self, verdict: str, reason: str, label: str, detail: str) -> None:
         entry = self.reasons.setdefault(reason, Reason(verdict, detail=detail))
@@ -130,6 +141,14 @@ class RowReport:
                 f"rows with per-message train/weight flags: {self.flags_ignored:,}; data.train_on=flags uses them"
             )
         return lines
+
+    def account(self) -> list[str]:
+        """The lines, and one for each reason: the table without its frame."""
+        reasons = (
+            f"{entry.verdict}: {reason}: {entry.count:,} rows, first {', '.join(entry.first)}"
+            for reason, entry in self.worst_first("rejected", "overlong", "fixed")
+        )
+        return [*self.lines(), *reasons]
 
     def table(self) -> RenderableType | None:
         """Reasons with counts and first places; None when every row was fine."""

@@ -25,11 +25,13 @@ from cookbook.progress import Progress
 from cookbook.report import AutoReport
 from cookbook.result import Result, Status, closing_lines, way_out
 from cookbook.run_reader import falls
-from cookbook.run_record import prepare, run_directory
+from cookbook.run_record import note_data, prepare, run_directory
 from cookbook.tracking import Tracker, Tracking, connect_trackers
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from cookbook.row_report import RowReport
 
 T = TypeVar("T")
 
@@ -152,8 +154,15 @@ class Run:
         OmegaConf.update(config, key, value)
         records.replace(self.dir / "config.yaml", OmegaConf.to_yaml(config))
 
+    def reads(self, report: RowReport) -> None:
+        """What was found in the data, for console.log. UsageError for a resumed run that would train on other rows."""
+        self._progress.write_log("\n".join(report.account()))
+        note_data(self.dir, report.fingerprint, goes_on=self.step > 0)
+
     def begin(self, total_steps: int) -> None:
-        """Start the progress display; steps already done count."""
+        """Start the progress display; steps already done count, and there cannot be fewer in all."""
+        if total_steps < self.step:
+            raise UsageError(f"{total_steps} steps in all, but {self.step} are done: give more, or a new run (cook rerun)")
         self._total = total_steps
         self._progress.begin(total_steps, self.step)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from cookbook import provenance, records
@@ -29,6 +30,22 @@ def prepare(run_dir: Path, *, recipe: str, config_yaml: str, overrides: list[str
     records.replace(run_dir / "overrides.yaml", "".join(f"- {json.dumps(item)}\n" for item in overrides) or "[]\n")
     records.replace(record_file, json.dumps(record, indent=1) + "\n")
     records.replace(run_dir / "config.yaml", config_yaml)  # last: a directory with this file holds a run
+
+
+def note_data(run_dir: Path, found: Mapping[str, object], goes_on: bool) -> None:
+    """Write the fingerprint of the data into run.json. UsageError when a run that `goes_on` began with another one."""
+    file = run_dir / "run.json"
+    record = json.loads(file.read_text())
+    before = record.get("data")
+    if before == found:
+        return
+    if goes_on and before is not None:  # null: a run from before fingerprints
+        change = f"{before['rows']:,} usable rows then, {found['rows']:,} with other tokens now"
+        raise UsageError(
+            f"the data has changed since the run began ({change}), and a resumed run keeps its batches: bring the old rows back,"
+            f" or train its weights on the new ones (cook rerun {run_dir} init_from={run_dir})"
+        )
+    records.replace(file, json.dumps({**record, "data": found}, indent=1) + "\n")
 
 
 def run_directory(run_dir: str | None, name: str | None, recipe: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import shutil
 import signal
@@ -17,6 +18,7 @@ from tests.small_runs import (
     MOMENTS,
     WEIGHTS,
     Processes,
+    chat,
     checkpoint_rows,
     command,
     contents,
@@ -142,6 +144,42 @@ def test_a_complete_run_resumed_says_the_same_again(tmp_path: Path, straight: Pa
     shutil.copytree(straight, run)
     assert main(["resume", str(run)]) == 0
     assert_same_end(run, straight)
+
+
+def test_a_run_is_not_resumed_on_other_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, file = tmp_path / "run", write_rows(tmp_path / "my.jsonl", [chat(i) for i in range(40)])
+    assert train(run, file, steps=3) == 0
+    assert "40 rows: 40 usable" in (run / "console.log").read_text()
+    write_rows(file, [chat(i + 40 * (i % 2)) for i in range(40)])
+    capsys.readouterr()
+    assert main(["resume", str(run), "steps=6"]) == 2
+    assert capsys.readouterr().err == (
+        "error: the data has changed since the run began (40 usable rows then, 40 with other tokens now), and a resumed run"
+        f" keeps its batches: bring the old rows back, or train its weights on the new ones (cook rerun {run} init_from={run})\n"
+    )
+    write_rows(file, [chat(i) for i in range(40)])
+    assert main(["resume", str(run), "steps=6"]) == 0
+    record = json.loads((run / "run.json").read_text())
+    write_rows(file, [chat(i) for i in range(50)])
+    (run / "run.json").write_text(json.dumps({key: value for key, value in record.items() if key != "data"}))
+    assert main(["resume", str(run), "steps=7"]) == 0  # of a run from before the hash
+
+
+@pytest.mark.parametrize(("word", "line"), [
+    ("steps=3", "steps=3, but 24 are done: give more, or train anew (cook rerun {run} steps=3)"),
+    ("epochs=0.5", "4 steps in all, but 24 are done: give more, or a new run (cook rerun)"),
+])  # fmt: skip
+def test_fewer_steps_than_are_done_are_refused(
+    tmp_path: Path, rows: Path, straight: Path, word: str, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    config = (run / "config.yaml").read_text()
+    words = ["steps=null", word] if word.startswith("epochs") else [word]
+    capsys.readouterr()
+    assert main(["resume", str(run), *words]) == 2
+    assert capsys.readouterr().err == f"error: {line.format(run=run)}\n"
+    assert (run / "config.yaml").read_text() == config or word.startswith("epochs")
 
 
 def test_a_moved_run_goes_on(

@@ -63,6 +63,7 @@ def main(config: Config) -> None:
             config.data, renderer, seed=config.seed, batch_size=config.batch_size, max_length=config.max_length,
             console=run.console,
         )  # fmt: skip
+        run.reads(data.report)
         trainer = found[1] if found else opened(loading)
         info = trainer.get_info()
         check_context(config.max_length, info)

@@ -30,7 +30,7 @@ class DataConfig:
     config: str | None = None  # hub configuration (subset)
     split: str = "train"
     columns: dict[str, str] = field(default_factory=dict)  # standard name -> name in the file
-    train_on: str = "all"  # last | all (assistant messages) | everything | flags (per-message `train` or `weight`)
+    train_on: str | None = None  # last | all (replies) | everything | flags (`train`, `weight` of a message); null: those, or all
     size: int = 2000  # rows of a generated set
     limit: int | None = None  # use the first N rows
     eval_rows: int = 100  # held out from the end of the (seed-)shuffled rows

@@ -239,7 +239,7 @@ def prepare(
 ) -> tuple[Callable[[RowReport], Iterator[TokenRow]], str]:
     """A function that reads the usable rows from the start, telling a report about each row, and the data's name."""
     for key, value, known in (("train_on", config.train_on, TRAIN_ON), ("overlong", config.overlong, OVERLONG)):
-        if value not in known:
+        if value is not None and value not in known:
             raise UsageError(f"data.{key}={value}: expected {', '.join(known)}{did_you_mean(value, known)}")
     if max_length < 2:
         raise UsageError(f"max_length={max_length}: a sequence needs at least 2 tokens")
@@ -285,7 +285,8 @@ def usable_rows(
         if sequences:
             accepted += 1
             report.used[source.name] += 1
-            report.flags_ignored += isinstance(row, Chat) and row.flagged and config.train_on != "flags"
+            if isinstance(row, Chat) and row.flagged:
+                report.count_flags(config.train_on)
             yield sequences
 
 
@@ -298,17 +299,17 @@ def renamed(raw: RawRow, source: Source) -> dict[str, object] | RowProblem:
         return problem
 
 
-def examples_of(row: Row, renderer: ExampleRenderer, train_on: str) -> list[Example]:
+def examples_of(row: Row, renderer: ExampleRenderer, train_on: str | None) -> list[Example]:
+    """Without `train_on` the flags of a row's messages say what is trained; a row without flags trains all its replies."""
     try:
         if isinstance(row, Chat):
-            messages = row.messages
-            if (
-                row.completion_from and train_on == "all"
-            ):  # as with raw text: the completion is trained, not its history
-                flags = [i >= row.completion_from and m["role"] == "assistant" for i, m in enumerate(messages)]
-                messages = [{**m, "train": flag} for m, flag in zip(messages, flags, strict=True)]
-                train_on = "flags"
-            return renderer.build_supervised_examples(messages, train_on, row.tools)
+            messages, by_flags = row.messages, train_on is None and row.flagged
+            if row.completion_from and train_on in (None, "all"):  # as with raw text: the completion, not its history
+                parts = [i >= row.completion_from and m["role"] == "assistant" for i, m in enumerate(messages)]
+                pairs = zip(messages, parts, strict=True)
+                messages = [m if part and by_flags else {**m, "train": part} for m, part in pairs]
+                by_flags = True
+            return renderer.build_supervised_examples(messages, "flags" if by_flags else train_on or "all", row.tools)
         if isinstance(row, Completion):
             return [renderer.build_completion_example(row.prompt, row.completion)]
         return [renderer.build_text_example(row.text)]

@@ -214,7 +214,7 @@ def rated_units(
     return [Rated(label, row.kind, reply, row.desirable) for row, reply in zip(rows, kept, strict=True)] if kept else []
 
 
-def _sequence(label: str, reply: Reply, renderer: ExampleRenderer, train_on: str) -> TokenSequence:
+def _sequence(label: str, reply: Reply, renderer: ExampleRenderer, train_on: str | None) -> TokenSequence:
     examples = examples_of(reply, renderer, train_on)
     if len(examples) != 1:
         raise RowProblem("cannot be rendered", "the template rewrites earlier replies: data.train_on=last takes the last one")

@@ -51,7 +51,7 @@ class Chat:
 
     @property
     def flagged(self) -> bool:
-        return any("weight" in m or "train" in m for m in self.messages)
+        return any(m.get("weight") is not None or m.get("train") is not None for m in self.messages)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,8 @@ class RowReport:
     lengths: array = field(default_factory=lambda: array("l"))  # tokens of each sequence
     trained_tokens: int = 0
     duplicate_prompts: int = 0
-    flags_ignored: int = 0  # usable rows whose per-message `train` or `weight` data.train_on does not ask for
+    flags_used: int = 0  # usable rows whose per-message `train` or `weight` says what is trained
+    flags_ignored: int = 0  # those whose data.train_on says something else
     _prompts: set[int] = field(default_factory=set, repr=False)
     _digest: Any = field(default_factory=hashlib.sha256, repr=False)  # of all sequences so far
 
@@ -75,6 +76,11 @@ class RowReport:
         key = hash(prompt)
         self.duplicate_prompts += key in self._prompts
         self._prompts.add(key)
+
+    def count_flags(self, train_on: str | None) -> None:
+        """One usable row with flags."""
+        self.flags_used += train_on in (None, "flags")
+        self.flags_ignored += train_on not in (None, "flags")
 
     def measure(self, sequence: TokenSequence) -> None:
         """One sequence made from the row just accepted."""
@@ -136,10 +142,10 @@ class RowReport:
             lines.append(
                 f"tokens per sequence: {lengths}; {self.trained_share:.0%} of {sum(self.lengths):,} tokens trained"
             )
+        if self.flags_used:
+            lines.append(f"rows whose train/weight flags choose the trained replies: {self.flags_used:,}")
         if self.flags_ignored:
-            lines.append(
-                f"rows with per-message train/weight flags: {self.flags_ignored:,}; data.train_on=flags uses them"
-            )
+            lines.append(f"IGNORED: the train/weight flags of {self.flags_ignored:,} rows; leave data.train_on out to use them")
         return lines
 
     def account(self) -> list[str]:

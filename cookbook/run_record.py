@@ -42,8 +42,8 @@ def note_data(run_dir: Path, found: Mapping[str, object], goes_on: bool) -> None
     if goes_on and before is not None:  # null: a run from before fingerprints
         change = f"{before['rows']:,} usable rows then, {found['rows']:,} with other tokens now"
         raise UsageError(
-            f"the data has changed since the run began ({change}), and a resumed run keeps its batches: bring the old rows back,"
-            f" or train its weights on the new ones (cook rerun {run_dir} init_from={run_dir})"
+            f"the data has changed since the run began ({change}), and a resumed run keeps its batches: bring the old rows back"
+            f", or train its weights on the new (cook rerun {run_dir} init_from={run_dir})"
         )
     records.replace(file, json.dumps({**record, "data": found}, indent=1) + "\n")
 

@@ -325,8 +325,24 @@ def test_flags_choose_the_trained_messages(tmp_path):
     row = {"messages": [USER, {**ASSISTANT, "weight": 0}, USER, {"role": "assistant", "content": "new", "train": True}]}
     assert text_of(load_one(tmp_path, row, train_on="flags"), trained=True) == "new|>"
     data = load_one(tmp_path, row)
+    assert text_of(data, trained=True) == "new|>"
+    assert "rows whose train/weight flags choose the trained replies: 1" in data.report.lines()
+    data = load_one(tmp_path, row, train_on="all")
     assert text_of(data, trained=True) == "ho|>new|>"
-    assert data.report.flags_ignored == 1
+    assert "IGNORED: the train/weight flags of 1 rows; leave data.train_on out to use them" in data.report.lines()
+
+
+def test_flags_that_are_null_are_none(tmp_path):
+    """As in files with a column for every key."""
+    row = {"messages": [{**USER, "weight": None}, {**ASSISTANT, "weight": None}]}
+    data = load_one(tmp_path, row)
+    assert text_of(data, trained=True) == "ho|>" and data.report.flags_used == 0
+
+
+def test_flags_within_a_chat_completion_leave_its_history_out(tmp_path):
+    parts = [{**ASSISTANT, "weight": 0}, USER, {"role": "assistant", "content": "new"}]
+    row = {"prompt": [USER, ASSISTANT, USER], "completion": parts}
+    assert text_of(load_one(tmp_path, row), trained=True) == "new|>"
 
 
 def test_a_row_that_can_be_mended_is_mended_and_counted(tmp_path):

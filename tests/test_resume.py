@@ -155,7 +155,7 @@ def test_a_run_is_not_resumed_on_other_rows(tmp_path: Path, capsys: pytest.Captu
     assert main(["resume", str(run), "steps=6"]) == 2
     assert capsys.readouterr().err == (
         "error: the data has changed since the run began (40 usable rows then, 40 with other tokens now), and a resumed run"
-        f" keeps its batches: bring the old rows back, or train its weights on the new ones (cook rerun {run} init_from={run})\n"
+        f" keeps its batches: bring the old rows back, or train its weights on the new (cook rerun {run} init_from={run})\n"
     )
     write_rows(file, [chat(i) for i in range(40)])
     assert main(["resume", str(run), "steps=6"]) == 0

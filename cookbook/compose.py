@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cookbook import TREE
-from cookbook.config import PromptsConfig
+from cookbook.config import PromptsConfig, check_values
 from cookbook.environments import as_recipe_config, env_paths, with_env_keys
 from cookbook.errors import UsageError
 from cookbook.keys import (
@@ -179,6 +179,7 @@ def _compose(
         config = as_recipe_config(module.Config, OmegaConf.to_object(cfg))
     except OmegaConfBaseException as error:
         raise UsageError(one_line(error)) from error
+    check_values(config)
     return Composed(config, to_yaml(config), overrides, recipe, chosen, config_dir)
 
 

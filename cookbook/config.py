@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from cookbook.errors import UsageError
+
+LEAST = {"keep_last": 0, "save_every": 0, "save_minutes": 0, "eval_every": 0, "log.every": 1, "data.max_bad": 0}
 
 
 @dataclass
@@ -30,7 +36,7 @@ class DataConfig:
     config: str | None = None  # hub configuration (subset)
     split: str = "train"
     columns: dict[str, str] = field(default_factory=dict)  # standard name -> name in the file
-    train_on: str | None = None  # last | all (replies) | everything | flags (`train`, `weight` of a message); null: those, or all
+    train_on: str | None = None  # last | all (replies) | everything | flags (per-message `train` or `weight`); null: flags, all
     size: int = 2000  # rows of a generated set
     limit: int | None = None  # use the first N rows
     eval_rows: int = 100  # held out from the end of the (seed-)shuffled rows
@@ -114,3 +120,19 @@ class LogConfig:
     every: int = 1  # console line every N steps (metrics.jsonl always has each step)
     report: bool = True  # report.html in the run directory, at checkpoints and at the end
     progress: bool = True  # live progress bar on a terminal
+
+
+def check_values(config: object) -> None:
+    """Refuse what no run can mean by keys that many recipes have; a recipe of somebody's own may lack any of them."""
+
+    def value_of(key: str) -> Any:
+        return functools.reduce(lambda node, name: getattr(node, name, None), key.split("."), config)
+
+    for key, least in LEAST.items():
+        if (value := value_of(key)) is not None and not value >= least:
+            raise UsageError(f"{key}={value}: expected at least {least}")
+    if (share := value_of("data.max_bad")) is not None and share > 1:
+        raise UsageError(f"data.max_bad={share:g}: expected a share of the rows, from 0 to 1")
+    name = value_of("name")
+    if name and (".." in Path(name).parts or Path(name).is_absolute()):
+        raise UsageError(f"name={name}: expected a name under runs/; run_dir= takes any directory")

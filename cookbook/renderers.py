@@ -173,7 +173,8 @@ def _trained_replies(messages: Sequence[Message], train_on: str) -> list[int]:
         flags = {index: _flag(index, message) for index, message in enumerate(messages)}
         others = [index for index, flag in flags.items() if flag and index not in replies]
         if others:
-            raise ValueError(f"message {others[0]} ({messages[others[0]]['role']}) is flagged, but only replies can be (train_on=all ignores flags)")
+            flagged = f"message {others[0]} ({messages[others[0]]['role']}) is flagged"
+            raise ValueError(f"{flagged}, but only replies can be (train_on=all ignores flags)")
         replies = [index for index in replies if flags[index] is not False]
     elif train_on != "all":
         close = difflib.get_close_matches(train_on, TRAIN_ON, n=1)

@@ -302,7 +302,7 @@ class Run:
             self._tracking.finish(1 if failed else 0)
             self._interrupts.restore()
             self._lock.release()
-            if self._report and (self.step or not failed):
+            if self._report and (self.step or not failed) and not records.disk_full(error):
                 self._report.at_end()
         if records.disk_full(error):
             free = shutil.disk_usage(self.dir).free // 2**20

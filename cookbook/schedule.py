@@ -83,5 +83,6 @@ def total_steps(steps: int | None, epochs: float, epoch_steps: int | None) -> in
         raise UsageError("a stream has no known length: give steps=")
     total = steps if steps is not None else round(epochs * (epoch_steps or 0))
     if total < 1:
-        raise UsageError(f"steps={steps}, epochs={epochs} make {total} optimizer steps: at least 1 is needed")
+        asked = f"epochs={epochs:g}" if steps is None else f"steps={steps}"
+        raise UsageError(f"{asked} makes {total} optimizer steps: at least 1 is needed")
     return total

@@ -351,7 +351,8 @@ def test_rows_that_cannot_be_trained_say_why(renderers):
     assert why([user]) == nothing
     assert why([user, {**reply, "train": False}], train_on="flags") == nothing
     flagged, half = {**user, "train": True}, {**reply, "weight": 0.5}
-    assert why([flagged, reply], train_on="flags") == "message 0 (user) is flagged, but only replies can be (train_on=all ignores flags)"
+    only_replies = "message 0 (user) is flagged, but only replies can be (train_on=all ignores flags)"
+    assert why([flagged, reply], train_on="flags") == only_replies
     assert why([user, half], train_on="flags") == "message 1: train or weight must be 0 or 1, got 0.5"
     assert why([]) == "no messages"
     assert why([{"role": "user"}, reply]) == "message 0 (user) has no content"

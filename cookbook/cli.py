@@ -266,11 +266,13 @@ def complete(shell: str, line: str) -> None:
 
 
 def _start(composed: Composed, cfg: str | None, dry_run: bool = False, run_dir: Path | None = None) -> int | None:
-    from cookbook.launch import launch
+    from cookbook.launch import check_start, launch
 
     if cfg:
         print(composed.yaml, end="")
         return None
+    if dry_run:
+        check_start(composed)
     if dry_run and composed.recipe.startswith("rl/"):
         from cookbook.rl_dryrun import dry_run as estimate_rl
 

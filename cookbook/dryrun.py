@@ -15,6 +15,7 @@ from cookbook.memory import peak_memory_gb
 from cookbook.preferences import PreferenceData, load_pairs, load_rated
 from cookbook.progress import duration
 from cookbook.schedule import default_learning_rate, learning_rate_at, peak_learning_rate, total_steps
+from cookbook.service import check_length
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +85,7 @@ def dry_run(recipe: str, config: SupervisedConfig, console: Console | None = Non
     from rich.console import Console
 
     from cookbook.renderers import load_renderer
-    from cookbook.service import connect, start_of
+    from cookbook.service import check_context, connect, start_of
     from core.clients import ServiceClient
 
     kind = recipe.partition("/")[0]
@@ -109,7 +110,7 @@ def dry_run(recipe: str, config: SupervisedConfig, console: Console | None = Non
         lines = _model_lines(kind, config, plan, *service.options.resolve())
     else:
         info = service.info_of(config.model.name)
-        check_longest(plan.longest, info.base_model, info.max_length)
+        check_context(config.max_length, info)
         peak = peak_learning_rate(config.learning_rate, config.optim, info, "dpo" if kind == "dpo" else "sft")
         lines = [rate_line(peak, config.optim), served_line(info)]
     for line in [*_plan_lines(config, data, plan), *lines]:
@@ -147,12 +148,12 @@ def _plan_lines(config: SupervisedConfig, data: SupervisedData | PreferenceData,
 
 def _model_lines(kind: str, config: SupervisedConfig, plan: Plan, dtype: torch.dtype, device: torch.device) -> list[str]:
     try:
-        model = model_without_weights(config.model.name)
+        model = supported_model(config.model.name, config.lora)
         shape = read_shape(model, config.lora)
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return [f"no estimate of memory and time: the configuration of {config.model.name} cannot be had ({reason})"]
-    check_longest(plan.longest, config.model.name, model.config.max_position_embeddings)
+    check_length(config.max_length, config.model.name, model.config.max_position_embeddings)
     default = default_learning_rate(shape.hidden_size, model.config.model_type, "dpo" if kind == "dpo" else "sft")
     peak = config.learning_rate or default
     learning_rate_at(0, plan.num_steps, peak, config.optim)  # refuses an unknown schedule
@@ -162,13 +163,6 @@ def _model_lines(kind: str, config: SupervisedConfig, plan: Plan, dtype: torch.d
         *memory_lines(shape, config, plan, dtype, device),
         *time_lines(shape, plan, rate, str(dtype).removeprefix("torch.")),
     ]
-
-
-def check_longest(longest: int, model: str, context: int) -> None:
-    if longest > context:
-        raise UsageError(
-            f"the longest sequence has {longest + 1:,} tokens, the context of {model} is {context:,}: set max_length={context}"
-        )
 
 
 def rate_line(peak: float, optim: OptimConfig) -> str:
@@ -189,6 +183,26 @@ def model_without_weights(name: str) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(local_model(name))
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
+
+
+def supported_model(name: str, lora: LoraConfig) -> PreTrainedModel:
+    """The model without weights, or UsageError for one, or an adapter of it, that the engine would refuse."""
+    import torch
+
+    from core.datum import LoraConfig as AdapterConfig
+    from core.decoder import Decoder
+    from core.lora import Adapter, Geometry
+
+    model = model_without_weights(name)
+    wanted = AdapterConfig(
+        rank=lora.rank, train_mlp=lora.train_mlp, train_attn=lora.train_attn, train_unembed=lora.train_unembed
+    )
+    try:
+        Decoder.refuse_unhonoured(type(model).__name__, model.config)
+        Adapter(wanted, Geometry.of([], wanted), torch.device("cpu"))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return model
 
 
 def read_shape(model: PreTrainedModel, lora: LoraConfig) -> Shape:

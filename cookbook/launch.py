@@ -46,6 +46,15 @@ def launch(composed: Composed, run_dir: Path | None = None) -> int | None:
     return status
 
 
+def check_start(composed: Composed) -> None:
+    """For a dry run: UsageError where a run would find its directory taken, or nothing to log to."""
+    from cookbook.tracking import check_log
+
+    _new_directory(composed)
+    if log := getattr(composed.config, "log", None):  # somebody's own may lack it
+        check_log(log)
+
+
 def _bring_home(directory: Path) -> None:
     """The newest adapter of a run on a server, so that chat, eval and export do without it; they try again if this fails."""
     from rich.console import Console

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from cookbook.dryrun import (
     Plan,
     memory_lines,
-    model_without_weights,
     product_rate,
     rate_line,
     read_shape,
     served_line,
+    supported_model,
     time_lines,
 )
 from cookbook.env_drive import opening
@@ -100,7 +100,7 @@ def _plan_lines(config: RLConfig, load: Workload) -> list[str]:
 
 def _model_lines(config: RLConfig, load: Workload, dtype: torch.dtype, device: torch.device) -> list[str]:
     try:
-        model = model_without_weights(config.model.name)
+        model = supported_model(config.model.name, config.lora)
         shape = read_shape(model, config.lora)
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -135,10 +135,13 @@ def adapter_directory(init_from: str) -> Path:
 
 def check_context(max_length: int, info: ModelInfo) -> None:
     """Refuse sequences that the model has no positions for, before a long row comes up in the middle of the run."""
-    if max_length > info.max_length:
+    check_length(max_length, info.base_model, info.max_length)
+
+
+def check_length(max_length: int, base_model: str, context: int) -> None:
+    if max_length > context:
         raise UsageError(
-            f"max_length={max_length}, but the context of {info.base_model} is {info.max_length} tokens:"
-            f" set max_length={info.max_length} or less"
+            f"max_length={max_length}, but the context of {base_model} is {context} tokens: set max_length={context} or less"
         )
 
 

@@ -147,8 +147,6 @@ class TrackioTracker:
     id: str | None = None  # it finds a run by its name
 
     def __init__(self, log: LogConfig, *, name: str, config: dict, resumed: bool, group: str | None) -> None:
-        if importlib.util.find_spec("trackio") is None:
-            raise UsageError("log.trackio=true, but trackio is not installed: uv sync --extra trackio (or pip install trackio)")
         import trackio
 
         options = {"auto_log_gpu": False, "auto_log_cpu": False, "embed": False, "resume": "allow" if resumed else "never"}
@@ -166,6 +164,13 @@ class TrackioTracker:
             self._run.finish()
 
 
+def check_log(log: LogConfig) -> None:
+    if log.wandb not in MODES:
+        raise UsageError(f"log.wandb={log.wandb} is unknown: it is one of {', '.join(MODES)}")
+    if log.trackio and importlib.util.find_spec("trackio") is None:
+        raise UsageError("log.trackio=true, but trackio is not installed: uv sync --extra trackio (or pip install trackio)")
+
+
 def connect_trackers(
     log: LogConfig,
     *,
@@ -180,8 +185,7 @@ def connect_trackers(
 
     `config` is a plain nested dict, `run_id` the run of W&B to go on with, `group` the sweep.
     """
-    if log.wandb not in MODES:
-        raise UsageError(f"log.wandb={log.wandb} is unknown: it is one of {', '.join(MODES)}")
+    check_log(log)
     trackers: list[Tracker] = []
     if log.trackio:
         trackers.append(TrackioTracker(log, name=name, config=config, resumed=resumed, group=group))

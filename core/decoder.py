@@ -74,7 +74,7 @@ class Decoder:
     ) -> None:
         self.model, self.dtype, self.device, self.exact = model, dtype, device, exact
         config = model.config
-        self._refuse_unhonoured(config)
+        self.refuse_unhonoured(type(model).__name__, config)
         backbone = model.get_decoder() if hasattr(model, "get_decoder") else model.model
         _expect(type(model).__name__, backbone, _BACKBONE)
         _expect_layer(f"{type(model).__name__} layer 0", backbone.layers[0])
@@ -97,8 +97,9 @@ class Decoder:
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self._compare_with_model()
 
-    def _refuse_unhonoured(self, config) -> None:
-        kind = type(self.model).__name__
+    @staticmethod
+    def refuse_unhonoured(kind: str, config) -> None:
+        """UnsupportedModel when the configuration of a model of that class asks for what the passes do not compute."""
         kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
         if kinds:
             raise UnsupportedModel(f"{kind}: layers of type {sorted(kinds)} are not supported (full attention only)")

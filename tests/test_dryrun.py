@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from cookbook.cli import main
 from cookbook.config import DataConfig, EngineConfig, LoraConfig, ModelConfig, OptimConfig
 from cookbook.dryrun import (
     Plan,
@@ -119,8 +120,38 @@ def test_a_sequence_over_the_models_context_is_refused(tmp_path):
     file = tmp_path / "model" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 20}))
     config = tiny_config(tmp_path, model=ModelConfig(name=str(tmp_path / "model")))
-    with pytest.raises(UsageError, match=r"has 29 tokens, the context of .* is 20: set max_length=20"):
+    with pytest.raises(UsageError, match=r"^max_length=200, but the context of .* is 20 tokens: set max_length=20 or less"):
         said(config)
+
+
+def test_what_the_engine_would_refuse_is_refused(tmp_path):
+    def error(**changes) -> str:
+        with pytest.raises(UsageError) as raised:
+            said(tiny_config(tmp_path, **changes))
+        return str(raised.value)
+
+    assert error(lora=LoraConfig(rank=0)) == "rank is 0, expected at least 1"
+    assert error(lora=LoraConfig(4, False, False, False)).endswith("are all false: nothing to train")
+    shutil.copytree(tiny_model_dir(), tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"layer_types": ["sliding_attention"] * 2}))
+    model = ModelConfig(name=str(tmp_path / "model"))
+    assert "layers of type ['sliding_attention'] are not supported" in error(model=model)
+
+
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [
+        ("log.wandb=onlin", "log.wandb=onlin is unknown: it is one of off, online, offline"),
+        ("run_dir=taken", "holds a run: cook resume {here}/taken, or choose another name= or run_dir="),
+    ],
+)
+def test_where_a_run_would_lie_and_log_is_looked_at(tmp_path, monkeypatch, capsys, word, line):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "config.yaml").touch()
+    assert main(["sft", word, "--dry-run"]) == 2
+    assert line.format(here=tmp_path) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", KINDS)

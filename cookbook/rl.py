@@ -22,7 +22,7 @@ from cookbook.rollout_metrics import eval_metrics, kind_of, step_metrics
 from cookbook.rollouts import Group, Limits, Rollouts, check_limits
 from cookbook.run import Run, RunConfig
 from cookbook.schedule import peak_learning_rate
-from cookbook.service import check_vocabulary, connect, new_trainer, opened, resumed
+from cookbook.service import check_vocabulary, connect, keep_adapter, new_trainer, opened, resumed
 from core import Datum, ForwardBackwardOutput, ModelInfo, SamplingParams
 from envs.env import Problem
 
@@ -111,6 +111,8 @@ class Session:
         _check_off_policy(config, max_steps_off_policy)
         service = connect(config.service, run.store, config.engine)
         found = resumed(run, service)
+        if not found:
+            keep_adapter(run, service, config.lora, config.init_from)
         loading = None if found else new_trainer(service, config.model, config.lora, config.seed, config.init_from)
         loop = found[0]["loop"] if found else {}
         self.done = found[0]["step"] if found else 0

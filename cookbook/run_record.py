@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cookbook import provenance, records
 from cookbook.errors import UsageError
+from cookbook.overrides import key_of
 
 
 def prepare(run_dir: Path, *, recipe: str, config_yaml: str, overrides: list[str]) -> None:
@@ -30,6 +31,11 @@ def prepare(run_dir: Path, *, recipe: str, config_yaml: str, overrides: list[str
     records.replace(run_dir / "overrides.yaml", "".join(f"- {json.dumps(item)}\n" for item in overrides) or "[]\n")
     records.replace(record_file, json.dumps(record, indent=1) + "\n")
     records.replace(run_dir / "config.yaml", config_yaml)  # last: a directory with this file holds a run
+
+
+def typed_keys(run_dir: Path) -> set[str]:
+    """Those of the command line that the run began with."""
+    return {key_of(word) for word in json.loads((run_dir / "run.json").read_text())["overrides"]}
 
 
 def note_data(run_dir: Path, found: Mapping[str, object], goes_on: bool) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from cookbook.cli import main
@@ -465,6 +466,20 @@ def test_a_broken_start_is_told_before_the_first_step(
     assert refusal(capsys, tmp_path / "run", rows, init_from=tmp_path / "broken") == (
         "step 0: held_out/nll is nan. No weight has moved yet: the model, the adapter of init_from or the rows are at fault"
     )
+
+
+def test_an_adapter_to_start_from_keeps_its_rank_and_targets(
+    tmp_path: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start, run = tmp_path / "start", tmp_path / "run"
+    assert train(start, rows, steps=1, lora_train_mlp=False) == 0
+    assert refusal(capsys, run, rows, init_from=start, lora_rank=8) == (
+        f"lora.rank=8, but init_from={start} has 4, which it keeps: leave lora.rank out"
+    )
+    words = [word for word in command(run, rows, init_from=start, steps=1) if not word.startswith("lora.rank=")]
+    assert main(words) == 0
+    lora = yaml.safe_load((run / "config.yaml").read_text())["lora"]
+    assert lora == {"rank": 4, "train_attn": True, "train_mlp": False, "train_unembed": True}
 
 
 # ---- a full disk

@@ -24,7 +24,7 @@ from cookbook.memory import peak_memory_gb
 from cookbook.renderers import load_renderer
 from cookbook.run import Run
 from cookbook.schedule import adam_at, peak_learning_rate, total_steps
-from cookbook.service import check_context, check_vocabulary, connect, new_trainer, opened, resumed
+from cookbook.service import check_context, check_vocabulary, connect, keep_adapter, new_trainer, opened, resumed
 from core import Datum, ForwardBackwardOutput, Future, OptimStepOutput
 
 
@@ -57,6 +57,8 @@ def main(config: Config) -> None:
     with Run(config, "sft/chat", best="eval/held_out/nll") as run:
         service = connect(config.service, run.store, config.engine)
         found = resumed(run, service)
+        if not found:
+            keep_adapter(run, service, config.lora, config.init_from)
         loading = None if found else new_trainer(service, config.model, config.lora, config.seed, config.init_from)
         renderer = load_renderer(config.model)  # while the model loads
         data = load_supervised(

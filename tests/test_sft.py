@@ -169,7 +169,7 @@ def test_rows_over_max_length_are_dropped_or_cut(tmp_path: Path) -> None:
     limit = sorted(lengths)[2]
     short = [row for row, length in zip(rows, lengths, strict=True) if length <= limit]
     file = write_rows(tmp_path / "r.jsonl", rows)
-    same = {"steps": 1, "data_eval_rows": 0, "max_length": limit}
+    same = {"steps": 1, "data_eval_rows": 0, "max_length": limit, "data_train_on": "all"}
     assert train(tmp_path / "drop", file, **same, batch_size=len(short)) == 0
     assert train(tmp_path / "cut", file, **same, batch_size=6, data_overlong="truncate") == 0
     assert metrics(tmp_path / "drop")[-1]["progress/tokens"] == sum(n - 1 for n in lengths if n <= limit)

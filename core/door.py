@@ -64,7 +64,7 @@ def check_adam(adam: AdamParams) -> None:
             low, high, expected = torch.finfo(torch.float32).tiny, float("inf"), "a number above 0 (in fp32)"
         else:
             low, high, expected = 0.0, float("inf"), "a number from 0 on"
-        if not isinstance(value, Real) or not low <= value < high:
+        if not isinstance(value, Real) or not low <= float(value) < high:
             raise ValueError(f"{key} is {value!r}, expected {expected}")
 
 

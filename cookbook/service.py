@@ -167,8 +167,8 @@ def check_length(max_length: int, base_model: str, context: int) -> None:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerFast, info: ModelInfo) -> None:
-    """Refuse a tokenizer with ids beyond the embedding, before one of them comes up in a row."""
-    last = max(tokenizer.get_vocab().values())
+    """Refuse a tokenizer with ids beyond the embedding, before one of them comes up in a row. Nothing is padded here."""
+    last = max(number for token, number in tokenizer.get_vocab().items() if token != tokenizer.pad_token)
     if last >= info.vocab_size:
         raise UsageError(
             f"the tokenizer of {info.base_model} has token ids up to {last}, but its embedding has {info.vocab_size} rows:"

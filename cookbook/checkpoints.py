@@ -28,7 +28,7 @@ def note_best(run_json: Path, best: str, best_is: str) -> None:
     """For whoever reads the run later: which evaluation rates its checkpoints, and which way."""
     record = json.loads(run_json.read_text())
     if (record.get("best"), record.get("best_is")) != (best, best_is):
-        records.replace(run_json, json.dumps({**record, "best": best, "best_is": best_is}, indent=1) + "\n")
+        records.amend(run_json, best=best, best_is=best_is)
 
 
 class Checkpoints:

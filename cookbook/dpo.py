@@ -13,11 +13,12 @@ from cookbook.data_log import write_data
 from cookbook.errors import UsageError
 from cookbook.eval_samples import EvalSamples
 from cookbook.memory import peak_memory_gb
+from cookbook.origin import settle
 from cookbook.preferences import AnyUnit, PreferenceData
 from cookbook.renderers import Renderer, load_renderer
 from cookbook.run import Run, RunConfig
 from cookbook.schedule import adam_at, peak_learning_rate, total_steps
-from cookbook.service import check_context, check_vocabulary, connect, keep_adapter, new_trainer, opened, resumed
+from cookbook.service import check_context, check_vocabulary, connect, new_trainer, opened, resumed
 from core import Datum, ForwardBackwardOutput, Future, OptimStepOutput
 
 if TYPE_CHECKING:
@@ -94,11 +95,10 @@ class Session(Generic[AnyUnit]):
         self.run, self.config, self.score = run, config, score
         service = connect(config.service, run.store, config.engine)
         found = resumed(run, service)
-        if not found:
-            keep_adapter(run, service, config.lora, config.init_from)
-        loading = None if found else new_trainer(service, config.model, config.lora, config.seed, config.init_from)
-        origin = replace(config.lora, rank=1)  # B is zero, so the rank of a fresh one does not matter
-        reference = new_trainer(service, config.model, origin, config.seed, config.init_from) if with_reference else None
+        origin = settle(run, service, config.lora, config.init_from)
+        loading = None if found else new_trainer(service, config.model, config.lora, config.seed, origin)
+        lora = replace(config.lora, rank=1)  # B is zero, so the rank of a fresh one does not matter
+        reference = new_trainer(service, config.model, lora, config.seed, origin) if with_reference else None
         renderer = load_renderer(config.model)  # while the model loads
         self.data = load(
             config.data, renderer, seed=config.seed, batch_size=config.batch_size, max_length=config.max_length,

@@ -12,6 +12,7 @@ from typing import Any
 from cookbook import records
 from cookbook.compose import DEFAULT_RECIPE, Composed, load_recipe, recompose, to_yaml
 from cookbook.errors import UsageError
+from cookbook.origin import adapter_of, of_rerun
 from cookbook.run_reader import RUNS, PastRun, read_run
 
 MAY_CHANGE = re.compile(r"(steps|epochs|eval_every|save_every|save_minutes|keep_last|log\..+|service)$")  # on resume
@@ -66,6 +67,7 @@ def _bring_home(directory: Path) -> None:
         return
     try:
         line = f"adapter     {past.adapter()}"
+        adapter_of(past)
     except UsageError as error:
         line = f"adapter     {error}"
     (CONSOLE.get() or Console()).print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
@@ -91,7 +93,8 @@ def reopen(run: str, overrides: list[str]) -> tuple[Composed, Path]:
 def repeat(run: str, overrides: list[str], config_dir: Path | None) -> Composed:
     """The configuration of a run under a new name, with changes."""
     past = _saved(run)
-    composed = recompose(past.recipe, past.config | {"name": None, "run_dir": None}, overrides, config_dir)
+    start = {"init_from": of_rerun(past)} if "init_from" in past.config else {}
+    composed = recompose(past.recipe, past.config | start | {"name": None, "run_dir": None}, overrides, config_dir)
     kept = [override for override in past.overrides if not override.startswith(("name=", "run_dir="))]
     return replace(composed, overrides=[*kept, *overrides])
 

@@ -189,19 +189,20 @@ def _of_run(past: PastRun, choice: Choice, say: Callable[[str], None]) -> Iterat
         yield _scored(config, choice, say)
         return
     if config.data.eval_rows:
-        yield _rows_of_run(kind, config)
+        yield _rows_of_run(kind, past, config)
     if config.eval.env:
         yield _scored_env(config.eval.env, replace(choice, max_tokens=choice.max_tokens or config.eval.max_tokens), say)
     elif not config.data.eval_rows:
         raise UsageError(f"{past.name} held no rows out (data.eval_rows=0): say on what, env=... or data=rows.jsonl")
 
 
-def _rows_of_run(kind: str, config: Any) -> Measure:
+def _rows_of_run(kind: str, past: PastRun, config: Any) -> Measure:
     how = {"seed": config.seed, "batch_size": 1, "max_length": config.max_length}
     if kind == "sft":
         from cookbook.data import load_supervised
 
         return RowLoss("held_out", lambda policy: load_supervised(config.data, policy.renderer, **how).held_out)
+    from cookbook.origin import adapter_of
     from cookbook.preferences import load_pairs
 
     def read(policy: PastPolicy) -> Sequence[Datum]:
@@ -211,7 +212,8 @@ def _rows_of_run(kind: str, config: Any) -> Measure:
     def origin(policy: PastPolicy) -> PastPolicy:
         from cookbook.past_policy import open_policy
 
-        return open_policy(config.init_from, service=policy.service) if config.init_from else policy.base()
+        started = adapter_of(past)
+        return open_policy(started, service=policy.service) if started else policy.base()
 
     return PairPreference(read, origin)
 

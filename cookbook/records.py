@@ -80,6 +80,11 @@ def replace(path: Path, text: str) -> None:
     _sync_directory(path.parent)
 
 
+def amend(path: Path, **values: object) -> None:
+    """Set keys of a file that holds one JSON object."""
+    replace(path, json.dumps({**json.loads(path.read_text(encoding="utf-8")), **values}, indent=1) + "\n")
+
+
 def _sync_directory(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY)
     try:

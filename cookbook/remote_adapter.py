@@ -24,7 +24,11 @@ def place_of(run_dir: Path, uri: str) -> Path:
 
 def local_adapter(run_dir: Path, service: object, uri: str) -> Path:
     """The directory with the adapter; fetched from the server that the run was trained on if it is not here yet."""
-    place = place_of(run_dir, uri)
+    return fetched(run_dir, service, uri, place_of(run_dir, uri))
+
+
+def fetched(run_dir: Path, service: object, uri: str, place: Path) -> Path:
+    """`place`, with the adapter of that checkpoint in it."""
     if (place / FILES[0]).is_file():
         return place
     if not isinstance(service, str) or service == "local":

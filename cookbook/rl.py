@@ -16,13 +16,14 @@ from cookbook.environments import Task, problems_of
 from cookbook.errors import UsageError
 from cookbook.keys import did_you_mean
 from cookbook.memory import peak_memory_gb
+from cookbook.origin import settle
 from cookbook.renderers import load_renderer
 from cookbook.rollout_log import most_telling, new_failures, side_by_side, table_rows, write_rollouts
 from cookbook.rollout_metrics import eval_metrics, kind_of, step_metrics
 from cookbook.rollouts import Group, Limits, Rollouts, check_limits
 from cookbook.run import Run, RunConfig
 from cookbook.schedule import peak_learning_rate
-from cookbook.service import check_vocabulary, connect, keep_adapter, new_trainer, opened, resumed
+from cookbook.service import check_vocabulary, connect, new_trainer, opened, resumed
 from core import Datum, ForwardBackwardOutput, ModelInfo, SamplingParams
 from envs.env import Problem
 
@@ -111,9 +112,8 @@ class Session:
         _check_off_policy(config, max_steps_off_policy)
         service = connect(config.service, run.store, config.engine)
         found = resumed(run, service)
-        if not found:
-            keep_adapter(run, service, config.lora, config.init_from)
-        loading = None if found else new_trainer(service, config.model, config.lora, config.seed, config.init_from)
+        origin = settle(run, service, config.lora, config.init_from)
+        loading = None if found else new_trainer(service, config.model, config.lora, config.seed, origin)
         loop = found[0]["loop"] if found else {}
         self.done = found[0]["step"] if found else 0
         self.num_problems, self.num_episodes, self.num_tokens = (loop.get(key, 0) for key in LOOP)
@@ -127,7 +127,7 @@ class Session:
         self.trainer = found[1] if found else opened(loading)
         info = self.trainer.get_info()
         check_vocabulary(renderer.tokenizer, info)
-        self.reference = self._open_reference(service) if config.kl_penalty else None
+        self.reference = self._open_reference(service, origin) if config.kl_penalty else None
         self.peak_learning_rate = peak_learning_rate(config.learning_rate, config.optim, info, "rl")
         params = SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature, stop=renderer.stop)
         self._texts_of = renderer.texts_of
@@ -153,10 +153,10 @@ class Session:
         if config.temperature != 1:
             self.run.note(f"temperature={config.temperature:g}: importance ratios compare it with 1, that of the trainer")
 
-    def _open_reference(self, service: Service) -> Trainer:
+    def _open_reference(self, service: Service, origin: str | None) -> Trainer:
         """The policy as it stood at step 0; never stepped, so that a resumed run opens the very same."""
         config = self.config
-        return opened(new_trainer(service, config.model, replace(config.lora, rank=1), config.seed, config.init_from))
+        return opened(new_trainer(service, config.model, replace(config.lora, rank=1), config.seed, origin))
 
     def steps(self) -> Iterator[int]:
         """The steps to do, from 0, until the last one or until someone asks to stop."""

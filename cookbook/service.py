@@ -99,27 +99,6 @@ def new_trainer(
     return service.create_training_client_from_state(start_of(service, init_from), model.name)
 
 
-def keep_adapter(run: Run, service: Service, lora: LoraConfig, init_from: str | None) -> None:
-    """Rank and targets of the adapter that a new run starts from go into its config.yaml. UsageError for others typed."""
-    start = start_of(service, init_from) if init_from is not None else None
-    if not isinstance(start, Path):  # a server does not say
-        return
-    from cookbook.run_record import typed_keys
-    from core.checkpoints import read_lora_config
-
-    typed = typed_keys(run.dir)
-    try:
-        own = read_lora_config(start)
-    except ValueError as error:
-        raise UsageError(" ".join(str(error).split())) from error
-    for name in ("rank", "train_attn", "train_mlp", "train_unembed"):
-        key, asked, has = f"lora.{name}", getattr(lora, name), getattr(own, name)
-        if asked != has and key in typed:
-            raise UsageError(f"{key}={asked}, but init_from={init_from} has {has}, which it keeps: leave {key} out")
-        if asked != has:
-            run.record(key, has)
-
-
 def start_of(service: Service, init_from: str) -> Path | str:
     """What the service loads `init_from` from."""
     from core.clients import ServiceClient

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -108,10 +109,48 @@ def test_the_reference_after_init_from_is_the_run_that_it_starts_from(rows: Path
     assert train(run, rows, "dpo", init_from=sft, steps=4, save_every=2, learning_rate=0.003) == 0
     first, last = metrics(run)[1], metrics(run)[-1]
     assert first["dpo/loss"] == pytest.approx(math.log(2), abs=1e-6) and last["dpo/loss"] < 0.69
-    again = tmp_path / "again"
-    shutil.copytree(run, again)
-    assert main(["resume", str(again), "steps=6"]) == 0
-    assert metrics(again)[5]["dpo/loss"] < last["dpo/loss"] + 0.05  # not ln 2 anew
+    assert json.loads((run / "run.json").read_text())["origin"] == str(newest(sft))
+
+
+def test_a_run_keeps_the_adapter_that_it_starts_from(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its source trains on, prunes that checkpoint and goes: reference, evaluation and rerun stay the same."""
+    sft, run, again, anew = (tmp_path / name for name in ("sft", "run", "again", "anew"))
+    assert train(sft, write_rows(tmp_path / "rows.jsonl", map(chat, range(40))), steps=4, keep_last=1) == 0
+    assert train(run, rows, "dpo", init_from=sft, steps=8, learning_rate=0.003) == 0
+    evaluated = evaluation(run, capsys)
+    assert main(["resume", str(sft), "steps=12"]) == 0
+    for gone in (False, True):
+        if gone:
+            shutil.rmtree(sft)
+        shutil.copytree(run, again)
+        (again / "checkpoints.jsonl").write_text("".join(json.dumps(row) + "\n" for row in checkpoint_rows(run)[:1]))
+        assert saved_steps(again) == [4] and main(["resume", str(again)]) == 0
+        assert repeatable(again) == repeatable(run) and contents(newest(again)) == contents(newest(run))
+        assert evaluation(run, capsys) == evaluated
+        shutil.rmtree(again)
+    assert main(["rerun", str(run), f"run_dir={anew}"]) == 0
+    assert repeatable(anew) == repeatable(run)
+
+
+def test_a_run_that_kept_no_adapter_looks_at_its_source_again(rows: Path, tmp_path: Path) -> None:
+    sft, run = tmp_path / "sft", tmp_path / "run"
+    assert train(sft, write_rows(tmp_path / "rows.jsonl", map(chat, range(40))), steps=4) == 0
+    assert train(run, rows, "dpo", init_from=sft, steps=4, learning_rate=0.003) == 0
+    shutil.rmtree(run / "origin")
+    record = json.loads((run / "run.json").read_text())
+    del record["origin"]
+    (run / "run.json").write_text(json.dumps(record))
+    assert main(["resume", str(run), "steps=6"]) == 0
+    assert metrics(run)[5]["dpo/loss"] < metrics(run)[4]["dpo/loss"] + 0.05 and not (run / "origin").exists()
+
+
+def evaluation(run: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    """The figures of `cook eval`."""
+    capsys.readouterr()
+    assert main(["eval", str(run), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)["figures"]
 
 
 def test_replies_are_answered_and_the_dry_run_counts(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -218,6 +218,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, task: Path, w
     assert repeatable(broken) == repeatable(straight) and rollouts(broken) == rollouts(straight)
 
 
+def test_the_kl_penalty_looks_at_where_the_run_began_though_its_source_trains_on(tmp_path: Path, task: Path) -> None:
+    source, straight, broken = (tmp_path / name for name in ("source", "straight", "broken"))
+    words = ("eval.problems=0", "kl_penalty=0.1", f"init_from={source}")
+    assert rl(source, task, "steps=2", "eval.problems=0") == 0
+    assert rl(straight, task, "steps=4", *words) == 0
+    assert metrics(straight)[0]["kl/base"] == pytest.approx(0.0, abs=1e-4)
+    shutil.copytree(straight, broken)
+    (broken / "checkpoints.jsonl").write_text(json.dumps(checkpoint_rows(broken)[0]) + "\n")
+    assert main(["resume", str(source), "steps=4"]) == 0
+    assert main(["resume", str(broken)]) == 0
+    assert contents(newest(broken)) == contents(newest(straight)) and repeatable(broken) == repeatable(straight)
+
+
 def test_groups_that_agree_move_nothing_momentum_included(tmp_path: Path, task: Path) -> None:
     """The first step (32 attempts) trains, so that there is momentum; in the other two all attempts agree."""
     run, words = tmp_path / "run", ("steps=3", "save_every=1", "eval.problems=0")

@@ -216,6 +216,15 @@ def test_a_run_starts_from_another_one_on_either_side(tmp_path: Path, there: Pat
     pairs = write_rows(tmp_path / "pairs.jsonl", map(pair, range(24)))
     assert train(tmp_path / "dpo", pairs, "dpo", service=url, init_from=there, steps=2, learning_rate=0.003) == 0
     assert metrics(tmp_path / "dpo")[1]["dpo/loss"] == pytest.approx(math.log(2), abs=1e-6)  # the run is its own reference
+    record = json.loads((tmp_path / "dpo" / "run.json").read_text())
+    assert record["origin"] == checkpoint_rows(there)[-1]["uri"]
+    assert sorted(file.name for file in (tmp_path / "dpo" / "origin").iterdir()) == [  # brought home with the adapter
+        "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
+    assert main(["eval", str(tmp_path / "dpo"), "--to", str(tmp_path / "eval.json")]) == 0
+    accuracy = json.loads((tmp_path / "eval.json").read_text())["figures"]["held_out/accuracy"]["value"]
+    assert accuracy == result(tmp_path / "dpo")["eval"]["after"]["held_out/accuracy"]
+    assert main(["resume", str(tmp_path / "dpo"), "steps=3"]) == 0
     assert train(tmp_path / "local", rows, init_from=there, steps=1) == 0
     held_out = result(there)["eval"]["after"]["held_out/nll"]
     assert metrics(tmp_path / "local")[0]["eval/held_out/nll"] == pytest.approx(held_out, rel=1e-4)

@@ -21,10 +21,11 @@ from cookbook.data import load_supervised
 from cookbook.data_log import write_data
 from cookbook.eval_samples import EvalSamples
 from cookbook.memory import peak_memory_gb
+from cookbook.origin import settle
 from cookbook.renderers import load_renderer
 from cookbook.run import Run
 from cookbook.schedule import adam_at, peak_learning_rate, total_steps
-from cookbook.service import check_context, check_vocabulary, connect, keep_adapter, new_trainer, opened, resumed
+from cookbook.service import check_context, check_vocabulary, connect, new_trainer, opened, resumed
 from core import Datum, ForwardBackwardOutput, Future, OptimStepOutput
 
 
@@ -57,9 +58,8 @@ def main(config: Config) -> None:
     with Run(config, "sft/chat", best="eval/held_out/nll") as run:
         service = connect(config.service, run.store, config.engine)
         found = resumed(run, service)
-        if not found:
-            keep_adapter(run, service, config.lora, config.init_from)
-        loading = None if found else new_trainer(service, config.model, config.lora, config.seed, config.init_from)
+        origin = settle(run, service, config.lora, config.init_from)
+        loading = None if found else new_trainer(service, config.model, config.lora, config.seed, origin)
         renderer = load_renderer(config.model)  # while the model loads
         data = load_supervised(
             config.data, renderer, seed=config.seed, batch_size=config.batch_size, max_length=config.max_length,

@@ -14,7 +14,7 @@ from cookbook.errors import UsageError
 from cookbook.eval_samples import EvalSamples
 from cookbook.memory import peak_memory_gb
 from cookbook.origin import settle
-from cookbook.preferences import AnyUnit, PreferenceData
+from cookbook.preferences import AnyUnit, PreferenceData, Unit
 from cookbook.renderers import Renderer, load_renderer
 from cookbook.run import Run, RunConfig
 from cookbook.schedule import adam_at, peak_learning_rate, total_steps
@@ -333,10 +333,26 @@ def reply_sums(data: Sequence[Datum], logprobs: Sequence[Tensor]) -> Tensor:
 
 def accuracy(scored: Scored) -> float:
     """Share of pairs whose chosen reply has the larger reward, a tie counted half; unpaired replies: of all combinations."""
+    return float(wins(scored).mean())
+
+
+def wins(scored: Scored) -> Tensor:
+    """1 where a chosen reply has the larger reward, 0.5 at a tie, else 0: of each pair [P], or of all combinations [C, R]."""
     chosen, rejected = scored.chosen_reward, scored.rejected_reward
-    if not len(chosen) == len(rejected) == len(scored.loss):
+    if not are_paired(scored):
         chosen, rejected = chosen[:, None], rejected[None, :]
-    return float(((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).mean())
+    return (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
+
+
+def are_paired(scored: Scored) -> bool:
+    return len(scored.chosen_reward) == len(scored.rejected_reward) == len(scored.loss)
+
+
+def wanted_of(units: Sequence[Unit]) -> Tensor:
+    """Which replies are wanted: the first of a pair, rated ones by their label [D]."""
+    import torch
+
+    return torch.tensor([j == 0 and getattr(unit, "desirable", True) for unit in units for j in range(len(unit.sequences))])
 
 
 def _together(scored: Sequence[Scored]) -> Scored:
@@ -354,7 +370,7 @@ def _shifts(parts: Sequence[Part[AnyUnit]], policy: Sequence[Tensor]) -> dict[st
     gained = tokens = 0.0
     for part, sums in zip(parts, policy, strict=True):
         assert part.reference is not None
-        wanted = [j == 0 and getattr(unit, "desirable", True) for unit in part.units for j in range(len(unit.sequences))]
+        wanted = wanted_of(part.units).tolist()
         for more, length, is_wanted in zip((sums - part.reference).tolist(), part.lengths.tolist(), wanted, strict=True):
             gained, tokens = gained + is_wanted * more, tokens + is_wanted * length
     return {"chosen_shift": gained / max(tokens, 1.0)}

@@ -49,6 +49,16 @@ def estimate(items: Sequence[Item]) -> Estimate:
     return Estimate(value, low, high, len(items))
 
 
+def of_two_samples(first: Sequence[float], second: Sequence[float]) -> list[Item]:
+    """Items for a figure that compares members of two samples (the share of wanted replies above unwanted ones), given its
+    mean for each member: the mean of either list is the figure. The items' mean is the figure too, and their spread that of
+    its placement values (DeLong, DeLong and Clarke-Pearson 1988), so that an interval covers both samples.
+    """
+    both = len(first) + len(second)
+    figure = sum(first) / len(first)
+    return [(figure + both / len(own) * (value - figure), 1.0) for own in (first, second) for value in own]
+
+
 def difference(items: Sequence[Item], others: Sequence[Item]) -> Difference:
     """Both resampled together, so what makes an item hard cancels out."""
     signs = [_sign(a / b - c / d) for (a, b), (c, d) in zip(items, others, strict=True)]

@@ -7,13 +7,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cookbook import records
-from cookbook.compose import compose, recompose
+from cookbook.compose import compose, load_recipe, recompose
 from cookbook.errors import UsageError
-from cookbook.estimates import Item
+from cookbook.estimates import Item, of_two_samples
 from cookbook.keys import did_you_mean
 from cookbook.overrides import key_of, spelt_out
 from cookbook.past_policy import Found, PastPolicy
@@ -25,6 +26,8 @@ from core import Datum, SamplingParams
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cookbook.dpo import Score
+    from cookbook.preferences import Unit
     from cookbook.run_reader import PastRun
     from envs.env import Problem
 
@@ -88,30 +91,39 @@ class RowLoss(Measure):
 
 
 @dataclass
-class PairPreference(Measure):
-    """Whether the policy prefers the chosen reply more than the model it started from does; the margin in nats."""
+class Preference(Measure):
+    """How well a policy tells wanted replies from others: accuracy by the rewards of the run's recipe; and by how much more
+    it has come to like them since the run's beginning, in nats. An item per pair, or per reply where there are no pairs.
+    """
 
-    read: Callable[[PastPolicy], Sequence[Datum]]  # chosen, rejected, chosen, ...
+    read: Callable[[PastPolicy], Sequence[Unit]]
+    score: Score
     origin: Callable[[PastPolicy], PastPolicy]
-    _before: dict[str, list[float]] = field(default_factory=dict)  # the origin's margins, by base model
+    _before: dict[str, Tensor] = field(default_factory=dict)  # the origin's log p of each reply, by base model
 
     def __call__(self, policy: PastPolicy) -> Measured:
-        data = self.read(policy)
+        from cookbook.dpo import Part, are_paired, wanted_of, wins
+
+        units = list(self.read(policy))
+        data = [sequence.datum() for unit in units for sequence in unit.sequences]
         if policy.model.name not in self._before:
             origin = self.origin(policy)
-            self._before[policy.model.name] = self._margins(origin, data)
+            self._before[policy.model.name] = _reply_sums(origin, data)
             origin.close()
-        before = self._before[policy.model.name]
-        margins = [mine - its for mine, its in zip(self._margins(policy, data), before, strict=True)]
-        accuracy = [(0.5 if abs(margin) < 1e-6 else float(margin > 0), 1.0) for margin in margins]
-        return Measured({"held_out/accuracy": accuracy, "held_out/margin_nats": [(margin, 1.0) for margin in margins]})
-
-    def _margins(self, policy: PastPolicy, data: Sequence[Datum]) -> list[float]:
-        sums = [
-            float((datum.loss_fn_inputs["weights"] * logprobs).sum())
-            for datum, logprobs in zip(data, _logprobs(policy, data), strict=True)
-        ]
-        return [chosen - rejected for chosen, rejected in zip(sums[::2], sums[1::2], strict=True)]
+        before, now = self._before[policy.model.name], _reply_sums(policy, data)
+        scored, wanted = self.score(Part(units, data, before), now), wanted_of(units)
+        if wanted.all() or not wanted.any():
+            raise UsageError("the replies held out are all of one sort (label): there is nothing to compare them with")
+        gained, lost = (now - before)[wanted], (now - before)[~wanted]
+        if are_paired(scored):
+            items = {"accuracy": _singly(wins(scored)), "margin_nats": _singly(gained - lost)}
+        else:
+            won_CR = wins(scored)
+            items = {
+                "accuracy": of_two_samples(won_CR.mean(1).tolist(), won_CR.mean(0).tolist()),
+                "margin_nats": of_two_samples((gained - lost.mean()).tolist(), (gained.mean() - lost).tolist()),
+            }
+        return Measured({f"held_out/{name}": values for name, values in items.items()})
 
 
 @dataclass
@@ -202,12 +214,13 @@ def _rows_of_run(kind: str, past: PastRun, config: Any) -> Measure:
         from cookbook.data import load_supervised
 
         return RowLoss("held_out", lambda policy: load_supervised(config.data, policy.renderer, **how).held_out)
+    from cookbook.dryrun import UNPAIRED
     from cookbook.origin import adapter_of
-    from cookbook.preferences import load_pairs
+    from cookbook.preferences import load_pairs, load_rated
 
-    def read(policy: PastPolicy) -> Sequence[Datum]:
-        pairs = load_pairs(config.data, policy.renderer, **how).held_out
-        return [sequence.datum() for pair in pairs for sequence in pair.sequences]
+    def read(policy: PastPolicy) -> Sequence[Unit]:
+        load = load_rated if past.recipe in UNPAIRED else load_pairs
+        return load(config.data, policy.renderer, **how).held_out
 
     def origin(policy: PastPolicy) -> PastPolicy:
         from cookbook.past_policy import open_policy
@@ -215,7 +228,7 @@ def _rows_of_run(kind: str, past: PastRun, config: Any) -> Measure:
         started = adapter_of(past)
         return open_policy(started, service=policy.service) if started else policy.base()
 
-    return PairPreference(read, origin)
+    return Preference(read, partial(load_recipe(past.recipe).score, config), origin)
 
 
 def _scored(config: Any, choice: Choice, say: Callable[[str], None]) -> Measure:
@@ -243,6 +256,16 @@ def _every_row(config: Any, policy: PastPolicy) -> Sequence[Datum]:
     data = [sequence.datum() for row in read(report) for sequence in row]
     report.refuse_bad(config.data.max_bad)
     return data
+
+
+def _reply_sums(policy: PastPolicy, data: Sequence[Datum]) -> Tensor:
+    from cookbook.dpo import reply_sums
+
+    return reply_sums(data, _logprobs(policy, data))
+
+
+def _singly(values: Tensor) -> list[Item]:
+    return [(value, 1.0) for value in values.tolist()]
 
 
 def _logprobs(policy: PastPolicy, data: Sequence[Datum]) -> list[Tensor]:

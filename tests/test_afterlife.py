@@ -269,6 +269,34 @@ def test_pairs_of_a_preference_run(home: Path, capsys: pytest.CaptureFixture[str
     assert (home / "dpo.json").is_file() and not (directory / "evals").exists()
 
 
+@pytest.mark.parametrize("recipe", ["pairs", "ipo", "simpo", "kto"])
+def test_accuracy_is_what_the_recipe_called_so(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Sides of several lengths that no rule tells apart."""
+    rows = []
+    for number in range(40):
+        chosen, rejected = "abc"[number % 3] * (1 + number % 7), "bac"[number % 3] * (1 + number % 11)
+        rows.append({"prompt": f"say {number}", "chosen": chosen, "rejected": f"{rejected}."})
+    run, data = tmp_path / "run", write_rows(tmp_path / "pairs.jsonl", rows)
+    assert train(run, data, "dpo", recipe=recipe, steps=2, data_eval_rows=8, learning_rate=0.001) == 0
+    told = result(run)["eval"]
+    found = json_of(["eval", str(run), "--against", "base"], capsys)["figures"]["held_out/accuracy"]
+    assert 0 < told["after"]["held_out/accuracy"] < 1
+    assert found["value"] == pytest.approx(told["after"]["held_out/accuracy"])
+    assert found["against"]["value"] == pytest.approx(told["before"]["held_out/accuracy"])
+
+
+def test_rated_replies_are_compared_across_their_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": f"say {i}", "completion": "ab"[i % 2] * (2 + i % 7), "label": i % 3 == 0} for i in range(40)]
+    run, data = tmp_path / "run", write_rows(tmp_path / "rated.jsonl", rows)
+    assert train(run, data, "dpo", recipe="kto", steps=3, data_eval_rows=8, learning_rate=0.001) == 0
+    found = json_of(["eval", str(run)], capsys)["figures"]
+    told = result(run)["eval"]["after"]
+    assert found["held_out/accuracy"]["value"] == pytest.approx(told["held_out/accuracy"]) != 1.0
+    assert 0.1 * found["held_out/margin_nats"]["value"] == pytest.approx(told["held_out/margin"], rel=1e-3)
+    low, high = (found["held_out/margin_nats"][end] for end in ("low", "high"))
+    assert low < found["held_out/margin_nats"]["value"] < high and found["held_out/accuracy"]["num_items"] == 8
+
+
 def test_an_env_scores_any_policy_with_pass_at_k(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["eval", str(run), "env=arithmetic", "--problems", "5", "--samples", "4", "--max-tokens", "6", "--against", "base"]
     found = json_of(words, capsys)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+import statistics
 
 import pytest
 
-from cookbook.estimates import difference, estimate, wilson
+from cookbook.estimates import difference, estimate, of_two_samples, wilson
 
 
 def test_a_share_has_wilsons_interval() -> None:
@@ -52,3 +53,11 @@ def test_a_policy_does_not_differ_from_itself() -> None:
     items = [(float(i), 2.0) for i in range(9)]
     found = difference(items, items)
     assert (found.value, found.low, found.high, found.equal) == (0.0, 0.0, 0.0, 9)
+
+
+def test_items_of_two_samples_have_the_mean_of_the_figure_and_the_variance_of_both() -> None:
+    above, below = [1.0, 0.25, 0.5, 0.25], [0.0, 1.0]
+    items = [value for value, _ in of_two_samples(above, below)]
+    assert statistics.mean(items) == pytest.approx(0.5)
+    expected = statistics.pvariance(above) / 4 + statistics.pvariance(below) / 2
+    assert statistics.pvariance(items) / 6 == pytest.approx(expected)

@@ -80,7 +80,7 @@ def rated(wanted: list[bool]) -> list[Rated]:
 def test_kto_weighs_wanted_and_unwanted_replies_against_the_distance() -> None:
     config = kto.Config(beta=0.2, desirable_weight=1.5, undesirable_weight=0.5)
     wanted = [True, False, False, True, True, False]
-    scored = kto.score(config, 0.07, part(rated(wanted)), POLICY)
+    scored = kto.score(config, part(rated(wanted)), POLICY, 0.07)
     rewards = (0.2 * (POLICY - REFERENCE)).tolist()
     sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
     expected = [
@@ -97,7 +97,7 @@ def test_every_loss_falls_when_the_chosen_reply_becomes_likelier() -> None:
         lambda sums: pairs.score(pairs.Config(), part([None] * 3), sums),
         lambda sums: ipo.score(ipo.Config(), part([None] * 3), sums),
         lambda sums: simpo.score(simpo.Config(), part([None] * 3), sums),
-        lambda sums: kto.score(kto.Config(), 0.0, part(rated([True, False] * 3)), sums),
+        lambda sums: kto.score(kto.Config(), part(rated([True, False] * 3)), sums),
     ]
     for score in scores:
         sums = POLICY.clone().requires_grad_()
@@ -180,7 +180,7 @@ def test_kto_is_trls_and_so_is_its_gradient(tmp_path: Path) -> None:
         then = reply_logprobs(reference, batch)
     assert distance > 0  # not cut off
     now = reply_logprobs(policy, batch)
-    ours = kto.score(kto.Config(beta=0.3, **weights), 0.3 * distance, Part(units, others, then), now).loss.mean()
+    ours = kto.score(kto.Config(beta=0.3, **weights), Part(units, others, then), now, 0.3 * distance).loss.mean()
     assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
     for mine, its in zip(torch.autograd.grad(ours, list(policy.parameters())), gradients, strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-6)

@@ -40,7 +40,7 @@ def main(config: Config) -> None:
     for key in ("beta", "desirable_weight", "undesirable_weight"):
         check_between(key, getattr(config, key), 0)
     with Run(config, "dpo/kto", best="eval/held_out/accuracy", best_is="max") as run:
-        session = Session(run, config, load_rated, partial(score, config, 0.0))
+        session = Session(run, config, load_rated, partial(score, config))
         trainer, reference = session.trainer, session.reference
         assert reference is not None
         for step in session.steps():
@@ -50,7 +50,7 @@ def main(config: Config) -> None:
             asked = [client.forward(others, "cross_entropy", logprobs="weighted") for client in (trainer, reference)]
             now, then = (reply_sums(others, [o["logprobs"] for o in f.result().loss_fn_outputs]) for f in asked)
             z = config.beta * max(0.0, float((now - then).mean()))
-            session.score = partial(score, config, z)
+            session.score = partial(score, config, z=z)
             gradients = []
             for part in parts:
                 loss = share_of_mean(session.score, part, len(units))
@@ -59,7 +59,7 @@ def main(config: Config) -> None:
             session.finish(step, parts, gradients, update, {"dpo/z": z})
 
 
-def score(config: Config, z: float, part: Part[Rated], sums: Tensor) -> Scored:
+def score(config: Config, part: Part[Rated], sums: Tensor, z: float = 0.0) -> Scored:
     """`sums` [B]: log p of each reply."""
     assert part.reference is not None
     reward_B = config.beta * (sums - part.reference)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -139,14 +140,24 @@ class Lock:
         for last in (False, True):
             try:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._sign()
                 return
             except BlockingIOError:
                 if last:
+                    holder = os.pread(self._descriptor, 20, 0).decode() or "unknown"
                     os.close(self._descriptor)
-                    raise UsageError(f"{directory} is in use by another process: wait for it or stop it first") from None
+                    raise UsageError(
+                        f"{directory} is in use by another process (pid {holder}): wait for it or stop it first"
+                    ) from None
                 time.sleep(0.05)  # `is_locked` may have held it for an instant
             except OSError:
                 return  # a file system without locks: two processes on one run are then the user's care
+
+    def _sign(self) -> None:
+        """Who holds it; a full disk is no reason not to hold it."""
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)
 
     def release(self) -> None:
         os.close(self._descriptor)

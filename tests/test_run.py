@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -129,7 +130,7 @@ def test_without_run_dir_a_run_gets_its_own(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_two_processes_cannot_share_a_run(tmp_path: Path) -> None:
-    with start(tmp_path), pytest.raises(UsageError, match="in use by another process"):
+    with start(tmp_path), pytest.raises(UsageError, match=rf"in use by another process \(pid {os.getpid()}\)"):
         start(tmp_path)
     with start(tmp_path):
         pass

@@ -17,6 +17,7 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 
 import zstandard
+from rich.console import Console
 
 from cookbook.errors import UsageError
 from cookbook.serving import keys, proto
@@ -242,8 +243,6 @@ def test_a_flooded_queue_asks_to_wait(wire: Wire) -> None:
 
 
 def test_open_to_others_only_with_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from rich.console import Console
-
     with pytest.raises(UsageError, match=r"host=0\.0\.0\.0 is open to others and there is no key: make one"):
         main([f"store={tmp_path}", "host=0.0.0.0", f"model={MODEL}"], Console())
     main(["keys", "create", "carol", f"store={tmp_path}"], Console())
@@ -262,6 +261,8 @@ def test_open_to_others_only_with_keys(tmp_path: Path, capsys: pytest.CaptureFix
         (["prot=1"], r"unknown key 'prot'; did you mean 'port'\?"),
         (["port=x"], r"port=x: .*'x'"),
         (["limits.sample=1"], r"did you mean 'limits.samples'\?"),
+        (["limits.body_mb=-1"], r"limits.body_mb is -1, expected more than 0"),
+        (["limits.session_hours=nan"], r"limits.session_hours is nan, expected more than 0"),
         (["qwen3-8b"], r"'qwen3-8b': expected key=value"),
     ],
 )
@@ -270,10 +271,47 @@ def test_settings_that_are_wrong_are_named(words: list[str], message: str) -> No
         parse(words)
 
 
+def test_a_store_that_cannot_be_opened_ends_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "serve.db").write_text("no index " * 100)
+    for store in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/x"), tmp_path / "other"):
+        for words in ([], ["keys", "create", "alice"]):
+            with pytest.raises(UsageError, match=f"^store={store} cannot be opened: ") as refused:
+                main([*words, f"store={store}"], Console())
+            assert "\n" not in str(refused.value)
+    with pytest.raises(UsageError, match="cannot be opened: file is not a database"):
+        main(["keys", "list", f"store={tmp_path / 'other'}"], Console())
+
+
+def test_to_look_at_keys_makes_no_store(tmp_path: Path) -> None:
+    for words in (["keys", "list"], ["keys", "revoke", "1f3c09aa"]):
+        with pytest.raises(UsageError, match="typo holds no serve.db: name a server's store"):
+            main([*words, f"store={tmp_path / 'typo'}"], Console())
+    assert not (tmp_path / "typo").exists()
+
+
+def test_a_store_has_one_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The start of a second one would remove what the first is writing."""
+    first, second = Store(tmp_path), Store(tmp_path)
+    first.run_sql("INSERT INTO runs VALUES ('r', '', 'local', 'm', '{}', NULL, 0, 0)")
+    first.recover()
+    half = first.directory_of("r", "weights", ".half.abc")
+    half.mkdir(parents=True)
+    with pytest.raises(UsageError, match=rf"{tmp_path} is in use by another process \(pid {os.getpid()}\)"):
+        second.recover()
+    assert half.exists()
+    main(["keys", "create", "alice", f"store={tmp_path}"], Console())
+    main(["keys", "list", f"store={tmp_path}"], Console())
+    assert "alice" in capsys.readouterr().out
+    first.close()
+    second.recover()
+    assert not half.exists()
+    second.close()
+
+
 @pytest.mark.parametrize("model", ["nope", f"{MODEL},nope"])
 def test_a_model_that_is_not_there_ends_in_one_line(tmp_path: Path, model: str) -> None:
-    from rich.console import Console
-
     with pytest.raises(UsageError, match="unknown model 'nope': give a hub id") as refused:
         main([f"model={model}", f"store={tmp_path}", "port=0", "engine.device=cpu"], Console())
     assert "\n" not in str(refused.value) and str(refused.value).startswith(f"model={model}: ")

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import socket
 import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from cookbook.errors import UsageError
 from cookbook.serving.settings import ServeConfig
+
+if TYPE_CHECKING:
+    from cookbook.serving.store import Store
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -52,6 +57,9 @@ def parse(words: list[str]) -> ServeConfig:
             raise UsageError(f"{word}: {str(error).splitlines()[0]}") from error
     found = OmegaConf.to_object(config)
     assert isinstance(found, ServeConfig)
+    for name, value in asdict(found.limits).items():
+        if not value > 0:
+            raise UsageError(f"limits.{name} is {value}, expected more than 0")
     return found
 
 
@@ -134,11 +142,20 @@ def _keys(words: list[str], console: Console) -> None:
             print(keys.create(Store(Path(config.store)), owner))
         case ["list"]:
             table = Table("id", "owner", "made", "", box=None, pad_edge=False)
-            for row in Store(Path(config.store)).rows("SELECT * FROM keys ORDER BY created"):
+            for row in _known_store(config.store).rows("SELECT * FROM keys ORDER BY created"):
                 made = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["created"]))
                 table.add_row(row["id"], row["owner"], made, "revoked" if row["revoked"] else "")
             console.print(table)
         case ["revoke", key_id]:
-            keys.revoke(Store(Path(config.store)), key_id)
+            keys.revoke(_known_store(config.store), key_id)
         case other:
             raise UsageError(f"cook serve keys {' '.join(other)}: expected create NAME, list, or revoke ID")
+
+
+def _known_store(store: str) -> Store:
+    """One that is there: to look at keys makes none."""
+    from cookbook.serving.store import Store
+
+    if not (Path(store) / "serve.db").is_file():
+        raise UsageError(f"store={store} holds no serve.db: name a server's store, or make a key with keys create NAME")
+    return Store(Path(store))

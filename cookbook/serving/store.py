@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cookbook.records import disk_full
+from cookbook.errors import UsageError
+from cookbook.records import Lock, disk_full
 from cookbook.serving.refusal import Refusal
 from core.checkpoints import KINDS, check_name
 
@@ -58,21 +59,24 @@ class Checkpoint:
 
 
 class Store:
-    """One connection, used from any thread."""
+    """One connection, used from any thread. Raises UsageError for a directory or an index that cannot be opened."""
 
     def __init__(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self._lock = threading.RLock()
-        self._db = sqlite3.connect(directory / "serve.db", check_same_thread=False, timeout=30)
-        self._db.row_factory = sqlite3.Row
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=NORMAL")
-        self._db.executescript(_SCHEMA)
+        self._claim: Lock | None = None
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._db = _connect(directory / "serve.db")
+        except (OSError, sqlite3.Error) as error:
+            raise UsageError(f"store={directory} cannot be opened: {error}") from error
 
     def close(self) -> None:
         with self._lock:
             self._db.close()
+            if self._claim is not None:
+                self._claim.release()
+                self._claim = None
 
     def run_sql(self, statement: str, *values: Any) -> int:
         """Execute and commit; the number of rows changed."""
@@ -197,7 +201,12 @@ class Store:
         return {row["kind"]: (row["n"], row["size"]) for row in self.rows(query, owner)}
 
     def recover(self) -> None:
-        """At start: what was being written or deleted goes; what was whole but not yet in the index comes in."""
+        """At start: what was being written or deleted goes; what was whole but not yet in the index comes in.
+
+        Raises UsageError while another server has the store: what that one is writing would go. It is ours until `close`.
+        """
+        if self._claim is None:
+            self._claim = Lock(self.directory)
         owners = {row["id"]: row["owner"] for row in self.rows("SELECT id, owner FROM runs")}
         for run, owner in owners.items():
             for directory in (self.directory / run).glob("*/*"):
@@ -215,6 +224,15 @@ class Store:
         """The URI of the newest checkpoint from which training can go on."""
         found = self.checkpoints("run = ? AND kind = 'weights'", run)
         return found[0].uri if found else None
+
+
+def _connect(index: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(index, check_same_thread=False, timeout=30)
+    db.row_factory = sqlite3.Row
+    db.execute("PRAGMA journal_mode=WAL")
+    db.execute("PRAGMA synchronous=NORMAL")
+    db.executescript(_SCHEMA)
+    return db
 
 
 def no_room(error: BaseException) -> bool:

@@ -194,6 +194,17 @@ def test_bodies_of_the_wrong_kind_are_refused(kind: str, wire: Wire) -> None:
     assert wire.http.post("/forward_backward", content=b"x", headers={"Content-Encoding": "gzip"}).status_code == 415
 
 
+def test_lone_surrogates_are_refused_in_every_json_body(live: Company, wire: Wire) -> None:
+    """One that came in would stay: each search of its owner's sessions would meet it again."""
+    paths = wire.http.get(f"{live.url}/openapi.json").json()["paths"]
+    places = [(method, path) for path in paths for method, about in paths[path].items() if "requestBody" in about]
+    for method, path in places:
+        for body in (b'{"a": "\\ud800"}', b'{"\\ud800": 1}', b'{"a": "\xed\xa0\x80"}'):
+            reply = wire.http.request(method, f"{live.url}{path}", content=body, headers={"Content-Type": "application/json"})
+            assert reply.status_code == 400 and "without lone surrogates" in reply.text, (path, reply.text)
+    assert len(places) > 20
+
+
 # ---- connections
 
 

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from cookbook.messages import Message, template_messages
 from cookbook.serving import openai_bodies as bodies
-from cookbook.serving.door import Owner, Serving
+from cookbook.serving.door import Owner, Serving, StrictRoute
 from cookbook.serving.openai_generate import Generation, watched
 from cookbook.serving.openai_models import Models, Served
 from cookbook.serving.openai_text import Deltas, Reply, Style, chat_logprobs, completion_logprobs, message_of
@@ -26,7 +26,7 @@ from core import ModelInput, SamplingParams
 if TYPE_CHECKING:
     from cookbook.renderers import Renderer
 
-router = APIRouter(prefix="/v1")
+router = APIRouter(prefix="/v1", route_class=StrictRoute)
 COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat may go on to the end of the context
 
 

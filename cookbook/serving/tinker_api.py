@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 
 from cookbook.serving import bodies, proto, wire_convert
 from cookbook.serving.completions import group_of
-from cookbook.serving.door import Owner, Serving, body_digest, raw_body
+from cookbook.serving.door import Owner, Serving, StrictRoute, body_digest, raw_body
 from cookbook.serving.futures import HOLD_SECONDS
 from cookbook.serving.refusal import Refusal
 from cookbook.serving.server import Run, Sampler, Server
@@ -18,7 +18,7 @@ from cookbook.serving.store import checked_name
 from core import AdamParams, ForwardBackwardOutput, Future, TrainingClient
 from core.models import EMBEDDED, local_model
 
-router = APIRouter(prefix="/api/v1")
+router = APIRouter(prefix="/api/v1", route_class=StrictRoute)
 TTL_SECONDS = (3600, 10 * 366 * 86400)
 
 

@@ -17,14 +17,14 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse
 from pydantic import BaseModel
 
-from cookbook.serving.door import Owner, Serving
+from cookbook.serving.door import Owner, Serving, StrictRoute
 from cookbook.serving.refusal import Refusal
 from cookbook.serving.server import Server
 from cookbook.serving.store import Checkpoint, checked_name
 from cookbook.serving.tinker_api import checked_ttl
 from core.checkpoints import KINDS, write_atomically
 
-router = APIRouter(prefix="/api/v1")
+router = APIRouter(prefix="/api/v1", route_class=StrictRoute)
 LINK_SECONDS = 3600.0  # how long a download link works
 EXPORTED = ("adapter_config.json", "adapter_model.safetensors")
 _TYPES = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}

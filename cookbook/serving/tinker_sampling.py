@@ -8,12 +8,12 @@ from fastapi import APIRouter, Request
 
 from cookbook.serving import bodies, wire_convert
 from cookbook.serving.completions import CLONES, group_of
-from cookbook.serving.door import Owner, Serving, body_digest
+from cookbook.serving.door import Owner, Serving, StrictRoute, body_digest
 from cookbook.serving.refusal import Refusal
 from cookbook.serving.server import Server
 from core import ModelInput, SampleResponse, SamplingClient, SamplingParams
 
-router = APIRouter(prefix="/api/v1")
+router = APIRouter(prefix="/api/v1", route_class=StrictRoute)
 Top = list[list[tuple[int, float]] | None]
 
 

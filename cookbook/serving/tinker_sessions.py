@@ -14,12 +14,12 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from cookbook.serving import keys
-from cookbook.serving.door import Owner, Serving, given_key
+from cookbook.serving.door import Owner, Serving, StrictRoute, given_key
 from cookbook.serving.refusal import Refusal
 from cookbook.serving.server import Server
 from cookbook.serving.tinker_rest import LINK_SECONDS, Limit, Offset, check_link, signature_of, time_text
 
-router = APIRouter(prefix="/api/v1")
+router = APIRouter(prefix="/api/v1", route_class=StrictRoute)
 FINISHED = ("success", "errored", "interrupted")  # what a client says at its end
 
 

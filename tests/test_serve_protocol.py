@@ -231,6 +231,25 @@ def test_owners_do_not_see_each_other(tmp_path: Path) -> None:
     store.close()
 
 
+def test_a_copy_is_what_the_index_says_and_not_what_lies_on_the_disk(tmp_path: Path) -> None:
+    """A process may end, or the disk be full, once the files of a copy are there."""
+    with serving(tmp_path) as (url, server):
+        wire = Wire(url)
+        path = wire.result(wire.save(wire.model(wire.session()), 1, "a"))["path"]
+        asked, key = {"source_path": path, "destination_project_id": "p"}, {"X-Idempotency-Key": "k"}
+        copied = wire.post("/copy_weights", asked, **key)["tinker_path"]
+        run = copied.removeprefix("tinker://").split("/")[0]
+        for tables in (["checkpoints"], ["checkpoints", "runs", "copies"]):
+            for table in tables:
+                server.store.run_sql(f"DELETE FROM {table} WHERE {'id' if table == 'runs' else 'run'} = ?", run)
+            assert wire.post("/copy_weights", asked, **key)["tinker_path"] == copied
+            wire.post("/weights_info", {"tinker_path": copied})
+            assert wire.http.get(f"/training_runs/{run}").json()["last_checkpoint"]["tinker_path"] == copied
+        server.store.run_sql("DELETE FROM checkpoints WHERE run = ?", run)
+        server.store.recover()
+        wire.post("/weights_info", {"tinker_path": copied})
+
+
 def test_a_flooded_queue_asks_to_wait(wire: Wire) -> None:
     model = wire.model(wire.session())
     message = proto.parse("ForwardBackwardRequest", gradient(model, 1))

@@ -105,6 +105,7 @@ class Server:
         self.session_keys: dict[tuple[str, str], str] = {}  # owner, idempotency key -> session
         self.joined: dict[str, int] = {}  # sampling session -> clones that have asked for a number
         self.sampling: dict[str, int] = {}  # owner -> samples in flight
+        self.copying = asyncio.Lock()  # checkpoints are copied one after another
         self.started = time.time()
         self._loading = asyncio.Lock()
         self._by_path: weakref.WeakValueDictionary[tuple[str, float], SamplingClient] = weakref.WeakValueDictionary()

@@ -154,18 +154,19 @@ class Store:
     def checkpoint(self, uri: str, owner: str) -> Checkpoint:
         """One that `owner` may read. Refusal 400 for what is no URI, 404 for what is not there or another's."""
         run, kind, name = parse_uri(uri)
-        found = self._checkpoint(run, kind, name)
+        found = self.find(run, kind, name)
         if found is None or not (found.owner == owner or found.public):
             raise Refusal(404, f"no checkpoint {uri}")
         return found
 
     def own_checkpoint(self, run: str, kind: str, name: str, owner: str) -> Checkpoint:
-        found = self._checkpoint(run, kind, name)
+        found = self.find(run, kind, name)
         if found is None or found.owner != owner:
             raise Refusal(404, f"no checkpoint tinker://{run}/{kind}/{name}")
         return found
 
-    def _checkpoint(self, run: str, kind: str, name: str) -> Checkpoint | None:
+    def find(self, run: str, kind: str, name: str) -> Checkpoint | None:
+        """Whoever it belongs to; None if it is not in the index, past its time, or without its files."""
         found = self.checkpoints("run = ? AND kind = ? AND name = ?", run, kind, name)
         return found[0] if found and self.directory_of(run, kind, name).is_dir() else None
 

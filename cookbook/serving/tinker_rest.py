@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import json
@@ -177,26 +178,40 @@ async def weights_info(body: WeightsPath, server: Serving, owner: Owner) -> dict
 
 @router.post("/copy_weights")
 async def copy_weights(body: Copy, request: Request, server: Serving, owner: Owner) -> dict:
-    """Into the caller's own store, as a run that is never trained: to keep what another owner has published."""
+    """Into the caller's own store, as a run that is never trained: to keep what another owner has published.
+
+    A retry, by its idempotency key, gets the same copy. The run is in the index before its files are there, so that
+    `recover` finds them.
+    """
     ttl, source = checked_ttl(body.ttl_seconds), server.store.checkpoint(body.source_path, owner)
     key = request.headers.get("x-idempotency-key") or f"{time.time()}"
     run = "copy-" + hashlib.sha256(f"{owner}\n{key}\n{source.uri}".encode()).hexdigest()[:16]
-    origin = server.store.directory_of(source.run, source.kind, source.name)
-    target = server.store.directory_of(run, source.kind, source.name)
-
-    if not target.exists():
-        now, base_model = time.time(), server.base_model_of(source)
-        write_atomically(target, lambda aside: _copy_files(origin, aside))
-        server.store.run_sql(
-            "INSERT OR IGNORE INTO runs VALUES (?, ?, ?, ?, ?, NULL, ?, ?)",
-            run, "", owner, base_model, json.dumps(server.lora_of(source)), now, now,
-        )  # fmt: skip
-        server.store.run_sql("INSERT OR IGNORE INTO copies VALUES (?, ?)", run, body.destination_project_id or "")
-        server.store.add_checkpoint(run, source.kind, source.name, owner, ttl, source.metadata)
+    async with server.copying:
+        if server.store.find(run, source.kind, source.name) is None:
+            now, base_model = time.time(), server.base_model_of(source)
+            server.store.run_sql(
+                "INSERT OR IGNORE INTO runs VALUES (?, ?, ?, ?, ?, NULL, ?, ?)",
+                run, "", owner, base_model, json.dumps(server.lora_of(source)), now, now,
+            )  # fmt: skip
+            server.store.run_sql("INSERT OR IGNORE INTO copies VALUES (?, ?)", run, body.destination_project_id or "")
+            await asyncio.to_thread(_copy_files, server, source, run)
+            server.store.add_checkpoint(run, source.kind, source.name, owner, ttl, source.metadata)
     return {"tinker_path": f"tinker://{run}/{source.kind}/{source.name}"}
 
 
-def _copy_files(origin: Path, aside: Path) -> None:
+def _copy_files(server: Server, source: Checkpoint, run: str) -> None:
+    """Refusal 404 where the source is deleted meanwhile."""
+    origin = server.store.directory_of(source.run, source.kind, source.name)
+    target = server.store.directory_of(run, source.kind, source.name)
+    try:
+        write_atomically(target, lambda aside: _copy_tree(origin, aside))
+    except OSError as error:
+        if not origin.exists():
+            raise Refusal(404, f"no checkpoint {source.uri}") from error
+        raise
+
+
+def _copy_tree(origin: Path, aside: Path) -> None:
     shutil.copytree(origin, aside, dirs_exist_ok=True)
 
 

@@ -35,12 +35,17 @@ def knows_tools(renderer: Renderer) -> bool:
 
 
 def with_tools_as_text(messages: Sequence[Message], schemas: Sequence[Mapping[str, Json]]) -> list[Message]:
-    """The messages with the tools in the (perhaps new) system message, in the words of the built-in `chatml` template."""
+    """The messages with the tools in the (perhaps new) system message, in the words of the built-in `chatml` template.
+
+    Calls that were made are text too, also where no tools are told of any more.
+    """
+    messages = [_call_as_text(message) if message.get("tool_calls") else message for message in messages]
+    if not schemas:
+        return messages
     told = "\n".join([
         "These functions can be called:", "<tools>", *(json.dumps(schema, ensure_ascii=False) for schema in schemas),
         "</tools>", "To call one, write", "<tool_call>", '{"name": ..., "arguments": {...}}', "</tool_call>",
     ])  # fmt: skip
-    messages = [_call_as_text(message) if message.get("tool_calls") else message for message in messages]
     if messages and messages[0]["role"] == "system":
         first, *others = messages
         return [{**first, "content": f"{first['content']}\n\n{told}"}, *others]

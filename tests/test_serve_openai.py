@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("openai", reason="the openai SDK is not installed (uv sync --group serving)")
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 
+import httpx
 import openai
 
 from cookbook.serving import keys
@@ -147,13 +148,15 @@ def test_a_chat_is_rendered_sampled_and_streamed(client: openai.OpenAI, live: tu
 def test_tools_and_their_results_are_told_to_the_model(client: openai.OpenAI) -> None:
     call = message_of(CALL, Style(False, "hermes"))
     turns = [*ASK, call, {"role": "tool", "tool_call_id": call["tool_calls"][0]["id"], "content": "3"}]
+    offered: dict[str, Any] = {"tools": TOOLS}
+    none: dict[str, Any] = {"tools": TOOLS, "tool_choice": "none"}
     sizes = []
-    for messages, tools in ((ASK, None), (ASK, TOOLS), (turns, TOOLS)):
-        more: dict[str, Any] = {"tools": tools} if tools else {}
+    for messages, more in ((ASK, {}), (ASK, offered), (turns, offered), (turns, {}), (turns, none)):
         reply = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=4, **more)
         assert reply.usage is not None
         sizes.append(reply.usage.prompt_tokens)
     assert sizes[0] + 20 < sizes[1] < sizes[2] - 20
+    assert sizes[3] == sizes[4] == sizes[2] - (sizes[1] - sizes[0])  # calls that were made are told without the tools
 
 
 @pytest.mark.parametrize(
@@ -235,6 +238,8 @@ def test_a_checkpoint_of_a_run_is_a_model(client: openai.OpenAI, live: tuple[str
         ({"stop": [""]}, "stop", "empty"),
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "text parts"),
+        ({"messages": [*ASK, {"role": "zzz", "content": "a"}]}, "messages", r"messages\[2\]\.role is 'zzz', expected one of"),
+        ({"tools": [*TOOLS, {}]}, "tools", r"tools\[1\] is '\{\}', expected"),
         ({"extra_body": {"max_tokns": 3}}, "max_tokns", "not permitted"),
         ({"model": "tinker://no/uri"}, "model", "not of the form"),
     ],
@@ -262,6 +267,9 @@ def test_models_and_checkpoints_have_owners(tmp_path: Path) -> None:
             with pytest.raises(openai.NotFoundError) as missing:
                 bob.completions.create(model=name, **ask)
             assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
+        key = alice.api_key
+        for scheme, status in (("bearer", 200), ("BEARER", 200), ("Basic", 401)):
+            assert httpx.get(f"{url}/v1/models", headers={"Authorization": f"{scheme} {key}"}).status_code == status
         with pytest.raises(openai.AuthenticationError, match="no valid API key") as refused:
             client_of(url, "tml-wrong").models.list()
         assert refused.value.code == "invalid_api_key"

@@ -53,15 +53,18 @@ def _known(request: Request, given: str) -> str:
 
 
 def _bearer(request: Request) -> str:
-    return request.headers.get("authorization", "").removeprefix("Bearer ").strip()
+    return _authorization(request, "bearer").strip()
+
+
+def _authorization(request: Request, scheme: str) -> str:
+    """What follows the scheme, whose letters may be of either case; "" for another one."""
+    given, _, rest = request.headers.get("authorization", "").partition(" ")
+    return rest if given.lower() == scheme else ""
 
 
 def _password(request: Request) -> str:
-    scheme, _, packed = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "basic":
-        return ""
     try:
-        return base64.b64decode(packed, validate=True).decode().partition(":")[2]
+        return base64.b64decode(_authorization(request, "basic"), validate=True).decode().partition(":")[2]
     except (binascii.Error, UnicodeDecodeError):
         return ""
 

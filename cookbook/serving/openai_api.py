@@ -90,8 +90,9 @@ def _told(body: bodies.Chat, renderer: Renderer) -> tuple[Sequence[Message], lis
     """Messages and tools as this chat template takes them. Raises ValueError."""
     messages: Sequence[Message] = template_messages(body.messages)
     messages = [{**one, "role": "system"} if one["role"] == "developer" else one for one in messages]
-    if body.offered and not knows_tools(renderer):
-        return with_tools_as_text(messages, body.offered), None
+    called = any(one.get("tool_calls") for one in messages)
+    if (body.offered or called) and not knows_tools(renderer):
+        return with_tools_as_text(messages, body.offered or []), None
     return messages, body.offered
 
 

@@ -6,7 +6,11 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from cookbook.messages import tool_name
 from cookbook.serving.refusal import Refusal
+
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class StreamOptions(BaseModel):
@@ -104,6 +108,13 @@ class Chat(Request):
         super().check()
         if self.top_logprobs and not self.logprobs:
             raise Refusal(400, f"top_logprobs is {self.top_logprobs} without logprobs=true", "top_logprobs")
+        for i, message in enumerate(self.messages):
+            if (role := message.get("role")) not in ROLES:
+                raise Refusal(400, f"messages[{i}].role is {str(role)[:60]!r}, expected one of {', '.join(ROLES)}", "messages")
+        for i, tool in enumerate(self.tools or []):
+            if tool.get("type", "function") != "function" or not tool_name(tool):
+                expected = 'expected {"type": "function", "function": {"name": ...}}'
+                raise Refusal(400, f"tools[{i}] is {str(tool)[:60]!r}, {expected}", "tools")
 
     @property
     def offered(self) -> list[dict[str, Any]] | None:

@@ -102,6 +102,30 @@ def test_a_query_without_end_is_stopped_and_a_large_result_is_cut(sql_env: Env) 
     assert sql_env.step(say(endless.format("i"))).reward == 0.0  # type: ignore[union-attr]
 
 
+LONG = "printf('%.3900c', 'a')"
+COUNTED = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT {} FROM n"
+DOUBLED = "WITH c0 AS (SELECT 1 AS x)" + "".join(f", c{i} AS (SELECT 1 AS x FROM c{i - 1} a, c{i - 1} b)" for i in range(1, 40))
+
+
+@pytest.mark.parametrize(
+    ("sql", "said"),
+    [
+        (f"SELECT replace({LONG}, 'a', 'aa')", "string or blob too big"),
+        (COUNTED.format(f"sum({LONG} LIKE '%' || printf('%.1900c', 'a') || 'b' || i)"), "LIKE or GLOB pattern too complex"),
+        (COUNTED.format(f"sum({LONG} || i GLOB '*[{'b' * 90}a]c')"), "more than 2 s of CPU time"),
+        (COUNTED.format(f"count(DISTINCT {LONG} || i)"), "too much memory"),
+        (f"{DOUBLED} SELECT * FROM c39", "too much memory"),
+    ],
+    ids=["value", "pattern", "slow", "distinct", "nesting"],
+)
+def test_no_query_takes_long(sql: str, said: str) -> None:
+    database = Database("CREATE TABLE t (x)")
+    started = time.thread_time()
+    with pytest.raises(QueryError, match=said):
+        database.query(sql, 5)
+    assert time.thread_time() - started < 4
+
+
 def test_a_database_does_not_change() -> None:
     database = Database("CREATE TABLE t (x); INSERT INTO t VALUES (1);")
     for sql in ("DELETE FROM t", "UPDATE t SET x = 2", "CREATE TABLE u (y)", "BEGIN", "VACUUM INTO '/tmp/x.db'"):

@@ -32,7 +32,7 @@ Stopped: TypeAlias = Literal["cpu", "time", "output", "disk"]
 MECHANISMS: tuple[Mechanism, ...] = ("bubblewrap", "namespaces", "landlock")
 JAIL = Path(__file__).with_name("jail.py")
 POLL_SECONDS = 0.02
-MAX_FILES = 1000  # in the folder
+MAX_FILES = 1000  # in the folder and below it
 _running = threading.BoundedSemaphore(max(2, os.cpu_count() or 1))  # more at a time would only run into their time limit
 
 # Python without site-packages and the user's settings; sets of strings have the same order in every run.
@@ -113,7 +113,7 @@ class Sandbox:
 
     def run(self, source: str, stdin: str = "", limits: Limits = Limits()) -> Outcome:
         """Run a program to its end or its limits; blocks, call it from a thread. SandboxFailed if it could not start."""
-        with _running, tempfile.TemporaryDirectory(prefix="cook-", ignore_cleanup_errors=True) as folder:
+        with _running, _folder() as folder:
             Path(folder, "program.py").write_bytes(source.encode(errors="replace"))
             with _feed(stdin, folder) as feed:
                 read, write = os.pipe()
@@ -155,6 +155,31 @@ class Sandbox:
         # a folder's random name is no part of what the program did
         stdout, stderr = (re.sub(rf"({re.escape(folder)}|/cook-box)/", "", watch.text(name)) for name in ("stdout", "stderr"))
         return Outcome(stdout, stderr, code, stopped, watch.limits)
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[str]:
+    folder = tempfile.mkdtemp(prefix="cook-")
+    try:
+        yield folder
+    finally:
+        with contextlib.suppress(OSError):
+            _flatten(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _flatten(folder: str) -> None:
+    """Empties all folders below: each comes to the top before it is looked into, so that no depth makes a path too long."""
+    while below := [entry.path for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]:
+        for path in below:
+            os.chmod(path, 0o700)
+            for entry in list(os.scandir(path)):
+                if entry.is_dir(follow_symlinks=False):
+                    os.chmod(entry.path, 0o700)
+                    os.rename(entry.path, tempfile.mkdtemp(dir=folder))
+                else:
+                    os.unlink(entry.path)
+            os.rmdir(path)
 
 
 @contextlib.contextmanager
@@ -226,14 +251,27 @@ class _Watch:
         if time.monotonic() > self._deadline:
             self.stopped = "time"
             return
-        used = 0
-        with os.scandir(self.folder) as entries:
-            for count, entry in enumerate(entries):
-                with contextlib.suppress(FileNotFoundError):
-                    used += entry.stat(follow_symlinks=False).st_size
-                if used > self.limits.disk_mb << 20 or count > MAX_FILES:
-                    self.stopped = "disk"
-                    return
+        if self._disk_is_full():
+            self.stopped = "disk"
+
+    def _disk_is_full(self) -> bool:
+        """Or cannot be measured: a folder that may not be listed, a path too long."""
+        room, count, waiting = self.limits.disk_mb << 20, 0, [self.folder]
+        while waiting:
+            try:
+                with os.scandir(waiting.pop()) as entries:
+                    for entry in entries:
+                        count += 1
+                        if entry.is_dir(follow_symlinks=False):
+                            waiting.append(entry.path)
+                        room -= _size(entry)
+                        if room < 0 or count > MAX_FILES:
+                            return True
+            except FileNotFoundError:
+                continue
+            except OSError:
+                return True
+        return False
 
     def _ended(self) -> bool:
         return self._wait(os.WNOHANG)
@@ -246,6 +284,13 @@ class _Watch:
         self.exit_code = self.process.returncode = os.waitstatus_to_exitcode(status)
         self.cpu_seconds = usage.ru_utime + usage.ru_stime
         return True
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat(follow_symlinks=False).st_size
+    except FileNotFoundError:
+        return 0
 
 
 # ---- what the machine offers

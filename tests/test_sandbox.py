@@ -362,6 +362,33 @@ def test_without_a_sandbox_limits_still_hold():
     assert run(open_one, "import time; time.sleep(9)", limits=Limits(seconds=0.3)).stopped == "time"
 
 
+FULL = "stopped: it wrote more than 2 MB or 1000 files"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "os.mkdir('d')\nfor i in range(1000): open(f'd/{i}', 'wb').write(bytes(10 ** 6)); time.sleep(0.01)",
+        "os.mkdir('d', 0o300)\nfor i in range(1000): open(f'd/{i}', 'wb').write(bytes(10 ** 6)); time.sleep(0.01)",
+        "for i in range(1200): os.mkdir('d'); os.chdir('d')\ntime.sleep(9)",
+        "for i in range(20): os.mkdir('d' * 250); os.chdir('d' * 250)\ntime.sleep(9)",
+    ],
+    ids=["below", "hidden", "deep", "long"],
+)
+def test_without_a_sandbox_folders_are_measured_to_their_bottom(source):
+    assert run(Sandbox("none"), f"import os, time\n{source}").explain() == FULL
+
+
+def test_whatever_a_program_leaves_is_removed():
+    source = """
+        import os
+        print(os.getcwd())
+        for i in range(2000): os.mkdir("d", 0o300); os.chdir("d"); open("f", "w").close(); os.symlink("/", "l")
+    """
+    outcome = run(Sandbox("none"), source)
+    assert outcome.stdout.startswith(tempfile.gettempdir()) and not Path(outcome.stdout.strip()).exists()
+
+
 def test_a_bad_limit_is_named():
     with pytest.raises(ValueError, match=r"memory_mb=1: expected 64 or more"):
         Limits(memory_mb=1)

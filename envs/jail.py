@@ -1,4 +1,4 @@
-"""Shuts its own process in, then becomes the program: what envs/sandbox.py starts, as a file, with a specification in JSON.
+"""Shuts its own process in, then becomes the program: what envs/sandbox.py starts, as a file, with a marshalled specification.
 
 Nothing is imported but the standard library, of which as little as possible: this runs at every call of a tool. Whatever
 the mechanism, the program cannot start processes, open sockets, gain rights or signal anybody (a system call filter), and
@@ -8,14 +8,19 @@ forbids them (their names and sizes can still be asked for).
 Docs: landlock(7), seccomp(2), namespaces(7), mount_setattr(2) of the Linux manual.
 """
 
+from __future__ import annotations
+
 import ctypes
-import json
+import marshal
 import os
 import resource
 import signal
 import struct
 import sys
-from typing import Any, NoReturn
+
+TYPE_CHECKING = False  # typing and json take long to load
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
 
 MACHINE = os.uname().machine
 libc = ctypes.CDLL(None, use_errno=True)
@@ -259,7 +264,7 @@ def shut_in(spec: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    spec = json.loads(sys.argv[1])
+    spec = marshal.loads(bytes.fromhex(sys.argv[1]))
     status = spec["status"]
     os.set_inheritable(status, False)
     try:

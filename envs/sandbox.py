@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
+import marshal
 import math
 import os
 import re
@@ -22,12 +22,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal, TypeAlias, final
 
 Mechanism: TypeAlias = Literal["bubblewrap", "namespaces", "landlock", "none"]
-Stopped: TypeAlias = Literal["cpu", "time", "output", "disk"]
+Stopped: TypeAlias = Literal["cpu", "time", "output", "disk", "peer"]
 
 MECHANISMS: tuple[Mechanism, ...] = ("bubblewrap", "namespaces", "landlock")
 JAIL = Path(__file__).with_name("jail.py")
@@ -88,6 +89,7 @@ class Outcome:
             "time": f"stopped: it was still running after {limits.seconds:g} s",
             "output": f"stopped: it printed more than {limits.output_bytes:,} bytes",
             "disk": f"stopped: it wrote more than {limits.disk_mb} MB or {MAX_FILES} files",
+            "peer": "stopped: the program beside it ended",
         }
         if self.stopped:
             return stopped[self.stopped]
@@ -113,25 +115,48 @@ class Sandbox:
 
     def run(self, source: str, stdin: str = "", limits: Limits = Limits()) -> Outcome:
         """Run a program to its end or its limits; blocks, call it from a thread. SandboxFailed if it could not start."""
-        with _running, _folder() as folder:
-            Path(folder, "program.py").write_bytes(source.encode(errors="replace"))
-            with _feed(stdin, folder) as feed:
-                read, write = os.pipe()
-                process = subprocess.Popen(
-                    self._command(folder, limits, write), stdin=feed, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                    cwd=folder, env=ENVIRONMENT, pass_fds=(write,), start_new_session=True,
-                )  # fmt: skip
-                os.close(write)
+        with _running:
+            return self._run(source, stdin, limits, (), threading.Event())
+
+    def run_beside(self, source: str, stdin: str, other_stdin: str, limits: Limits = Limits()) -> tuple[Outcome, Outcome]:
+        """Run a program twice, each shut in alone, until the first ends: it ends the other, its peer, too.
+
+        Their arguments are two file descriptors, to read what the peer writes and to write to it; each has all of `limits`.
+        """
+        over = threading.Event()
+        (own_read, peer_write), (peer_read, own_write) = os.pipe(), os.pipe()
+        with _running, ThreadPoolExecutor(1) as pool:
+            peer = pool.submit(self._run, source, other_stdin, limits, (peer_read, peer_write), over)
+            try:
+                outcome = self._run(source, stdin, limits, (own_read, own_write), threading.Event())
+            finally:
+                over.set()
+            return outcome, peer.result()
+
+    def _run(self, source: str, stdin: str, limits: Limits, pipes: tuple[int, ...], over: threading.Event) -> Outcome:
+        with _folder() as folder:
+            try:
+                Path(folder, "program.py").write_bytes(source.encode(errors="replace"))
+                with _feed(stdin, folder) as feed:
+                    read, write = os.pipe()
+                    process = subprocess.Popen(
+                        self._command(folder, limits, write, pipes), stdin=feed, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                        cwd=folder, env=ENVIRONMENT, pass_fds=(write, *pipes), start_new_session=True,
+                    )  # fmt: skip
+                    os.close(write)
+            finally:
+                for pipe in pipes:
+                    os.close(pipe)
             with os.fdopen(read, "rb") as status:
-                watch = _Watch(process, folder, limits)
+                watch = _Watch(process, folder, limits, over)
                 try:
                     watch.until_the_end()
                 finally:
                     watch.end()
                 return self._outcome(watch, status.read(), folder)
 
-    def _command(self, folder: str, limits: Limits, status: int) -> list[str]:
-        program = [_python(), *PYTHON_FLAGS, "program.py"]
+    def _command(self, folder: str, limits: Limits, status: int, pipes: tuple[int, ...]) -> list[str]:
+        program = [_python(), *PYTHON_FLAGS, "program.py", *map(str, pipes)]
         whole = {
             "cpu_seconds": math.ceil(limits.cpu_seconds), "memory_mb": limits.memory_mb, "disk_mb": limits.disk_mb,
             "open_files": limits.open_files, "threads": limits.threads,
@@ -140,7 +165,7 @@ class Sandbox:
             "mechanism": self.mechanism, "folder": folder, "readable": _readable(), "command": program, "limits": whole,
             "disk_mb": limits.disk_mb, "status": status,
         }  # fmt: skip
-        jail = [_python(), "-I", "-S", str(JAIL), json.dumps(spec)]
+        jail = [_python(), "-I", "-S", str(JAIL), marshal.dumps(spec).hex()]
         return [*_bubblewrap(folder, limits), *jail] if self.mechanism == "bubblewrap" else jail
 
     def _outcome(self, watch: _Watch, status: bytes, folder: str) -> Outcome:
@@ -196,8 +221,8 @@ def _feed(stdin: str, folder: str) -> Iterator[IO[bytes]]:
 class _Watch:
     """Reads what a process writes, no more than allowed, and ends it when it passes a limit."""
 
-    def __init__(self, process: subprocess.Popen[bytes], folder: str, limits: Limits) -> None:
-        self.process, self.folder, self.limits = process, folder, limits
+    def __init__(self, process: subprocess.Popen[bytes], folder: str, limits: Limits, over: threading.Event) -> None:
+        self.process, self.folder, self.limits, self.over = process, folder, limits, over
         self.stopped: Stopped | None = None
         self.cpu_seconds, self.exit_code = 0.0, 0
         self._written = {"stdout": b"", "stderr": b""}
@@ -250,8 +275,9 @@ class _Watch:
             return
         if time.monotonic() > self._deadline:
             self.stopped = "time"
-            return
-        if self._disk_is_full():
+        elif self.over.is_set():
+            self.stopped = "peer"
+        elif self._disk_is_full():
             self.stopped = "disk"
 
     def _disk_is_full(self) -> bool:

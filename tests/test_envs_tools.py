@@ -234,11 +234,56 @@ def test_tests_decide_about_code(coding: tuple[Env, str, str]) -> None:
 )
 def test_plain_data_reaches_the_tests_as_it_is(result: str, expected: str, tmp_path: Path) -> None:
     test = f"def check(f):\n    r = f()\n    r = r() if callable(r) else r\n    assert type({expected})(r) == {expected}"
-    row = {"prompt": "def f():\n", "test": test, "entry_point": "f", "canonical_solution": f"    return {result}"}
-    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(row | {"prompt": f"# {n}\ndef f():\n"}) + "\n" for n in range(6)))
-    (problem,) = first(code_problems.problems(code_problems.Config(path=str(tmp_path / "tasks.jsonl")), "train", 0))
-    gold = problem.solve([])
-    assert gold and problem.make(1)[0].step(gold).reward == 1.0  # type: ignore[union-attr]
+    assert reward_of(tmp_path, test, f"def f():\n    return {result}") == 1.0
+
+
+def reward_of(folder: Path, test: str, answer: str, prompt: str = "def f():\n") -> float:
+    """Of an answer to a problem in a file."""
+    row = {"prompt": prompt, "test": test, "entry_point": "f"}
+    lines = [json.dumps(row | {"prompt": f"# {number}\n{prompt}"}) + "\n" for number in range(6)]
+    (folder / "tasks.jsonl").write_text("".join(lines))
+    (problem,) = first(code_problems.problems(code_problems.Config(path=str(folder / "tasks.jsonl")), "train", 0))
+    result = problem.make(1)[0].step(say(CODE.format(answer)))
+    return result.reward  # type: ignore[union-attr]
+
+
+@sandboxed
+@pytest.mark.parametrize(
+    ("check", "answer"),
+    [
+        ("x = [3, 1]; f(x); assert x == [1, 3]", "def f(x): x.sort()"),
+        ("x = {1: 2}; f(x); assert x == {3: 4}", "def f(x): x.clear(); x[3] = 4"),
+        ("assert f(lambda x: x + 1, iter([1, 2])) == [2, 3]", "def f(g, xs): return [g(x) for x in xs]"),
+        ("assert [x for x, _ in zip(f(), 'abc')] == [0, 1, 2]", "import itertools\ndef f(): return itertools.count()"),
+        ("assert f(7, times=2) == helper(7) * 2", "def helper(x): return x\ndef f(x, times): return x * times"),
+        ("assert f() == 10 ** 5000 and f() is not True", "def f(): return 10 ** 5000"),
+        (
+            "\n    try: f()\n    except ValueError as e: assert str(e) == 'no'",
+            "class E(ValueError): pass\ndef f(): raise E('no')",
+        ),
+        ("assert str(f()) == 'nan'", "def f(): return float('nan')"),
+    ],
+    ids=["list", "dict", "callback", "endless", "helper", "integer", "error", "nan"],
+)
+def test_what_tests_do_to_functions_works_across_the_pipe(check: str, answer: str, tmp_path: Path) -> None:
+    assert reward_of(tmp_path, f"def check(f): {check}", answer) == 1.0
+
+
+@sandboxed
+def test_an_object_of_a_class_of_its_own_is_no_result(tmp_path: Path) -> None:
+    answer = "class Any:\n    def __eq__(self, other): return True\ndef f(): return Any()"
+    said = "try: f()\n    except TypeError as e: assert str(e).endswith('not an object of Any')\n    else: assert 0"
+    assert reward_of(tmp_path, f"def check(f):\n    {said}", answer) == 1.0
+    assert reward_of(tmp_path, "def check(f): assert f() == 1", answer) == 0.0
+
+
+@sandboxed
+def test_tests_keep_pythons_names_and_the_prompts(tmp_path: Path) -> None:
+    prompt = "def size(x):\n    return len(x)\n\ndef f():\n"
+    test = "def check(f): assert size('abc') == 3 and abs(f() - 4) < 1"
+    for lie in ("def size(x): return 3", "def abs(x): return 0", "def len(x): return 3", "def check(f): pass"):
+        assert reward_of(tmp_path, test, f"{lie}\ndef f(): return 9", prompt) == 0.0
+    assert reward_of(tmp_path, test, "def f(): return 4", prompt) == 1.0
 
 
 @sandboxed
@@ -259,3 +304,34 @@ def test_plain_data_reaches_the_tests_as_it_is(result: str, expected: str, tmp_p
 def test_tricks_do_not_pass(coding: tuple[Env, str, str], body: str) -> None:
     env, _, name = coding
     assert env.step(say(CODE.format(f"def {name}(*args):\n    {body}"))).reward == 0.0  # type: ignore[union-attr]
+
+
+FRAMES = """
+import os, sys
+def walk():
+    frame = sys._getframe()
+    while frame:
+        for found in (frame.f_locals, frame.f_globals, frame.f_locals.get("task")):
+            if isinstance(found, dict):
+                yield found
+        frame = frame.f_back
+"""
+
+
+@sandboxed
+@pytest.mark.parametrize(
+    "answer",
+    [
+        FRAMES
+        + "for found in walk():\n    if 'token' in found: os.write(1, f\"\\n{found['token']}\\n\".encode()); os._exit(0)",
+        FRAMES + "for found in walk():\n    if 'test' in found: found['test'] = 'def check(f): pass'",
+        "import os\nfor number in range(32):\n    try: os.write(number, b'\\npassed\\n')\n    except OSError: pass",
+        "print('\\npassed'); raise SystemExit(0)",
+    ],
+    ids=["token", "tests", "descriptors", "passed"],
+)
+def test_an_answer_finds_nothing_of_its_tests(coding: tuple[Env, str, str], answer: str) -> None:
+    env, _, name = coding
+    inside = answer.replace("\n", "\n    ")
+    for reply in (f"{answer}\ndef {name}(*args): return None", f"def {name}(*args):\n    {inside}"):
+        assert env.step(say(CODE.format(reply))).reward == 0.0  # type: ignore[union-attr]

@@ -300,6 +300,21 @@ Sandbox({sandbox.mechanism!r}).run("import time; time.sleep(60)", limits=Limits(
     assert wait_for(lambda: not marked_processes())
 
 
+def test_two_programs_speak_through_pipes_and_end_with_the_first(sandbox):
+    source = """
+        import os, sys, time
+        own, (read, write) = sys.stdin.read(), map(int, sys.argv[1:])
+        os.write(write, own.encode())
+        print(os.read(read, 100).decode(), os.listdir("."))
+        time.sleep(60 if own == "last" else 0)
+    """
+    source = textwrap.dedent(source)
+    first, last = sandbox.run_beside(source, "first", "last", Limits(seconds=20, open_files=MARK))
+    assert (first.stdout, last.stdout) == ("last ['program.py']\n", "first ['program.py']\n")
+    assert (first.explain(), last.explain()) == ("", "stopped: the program beside it ended")
+    assert wait_for(lambda: not marked_processes())
+
+
 def test_nobody_outside_can_be_signalled_or_slowed(sandbox):
     source = f"""
         import os, resource

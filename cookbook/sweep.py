@@ -164,7 +164,8 @@ def _run_quietly(job: Job) -> None:
     from cookbook.progress import CONSOLE
 
     job.directory.parent.mkdir(parents=True, exist_ok=True)
-    with out_of(job.directory).open("w", encoding="utf-8") as out:
+    # a full disk has no room for what a job says of it either: the summary tells
+    with contextlib.suppress(OSError), out_of(job.directory).open("w", encoding="utf-8") as out:
         CONSOLE.set(Console(file=out, width=120))
         STOP.set(job.stop)
         try:

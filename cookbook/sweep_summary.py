@@ -43,7 +43,7 @@ class Ended:
 
 
 def summarise(directory: Path, values: list[tuple[Path, list[str]]], metric: str | None, console: Console) -> list[Ended]:
-    """Write sweep.json and sweep.html into the sweep's directory and print the table. The jobs, best first."""
+    """Print the table, and write sweep.json and sweep.html into the sweep's directory. The jobs, best first."""
     varied = {path: " ".join(words) for path, words in values}
     runs = [read_run(path) for path in runs_in(directory)]
     name = metric or next((found[0] for run in runs if (found := run.best_metric)), None)
@@ -60,9 +60,12 @@ def summarise(directory: Path, values: list[tuple[Path, list[str]]], metric: str
              "value": job.value, "steps": job.steps, "seconds": job.seconds} for job in jobs
         ] + [{"run": path.name, "varied": " ".join(words), "state": _lost(path)} for path, words in missing],
     }  # fmt: skip
-    records.replace(directory / "sweep.json", json.dumps(records.strict(record), indent=1) + "\n")
-    records.replace(directory / "sweep.html", sweep_page(directory.name, name, jobs, missing))
     _print(console, directory, name, jobs, missing)
+    try:
+        records.replace(directory / "sweep.json", json.dumps(records.strict(record), indent=1) + "\n")
+        records.replace(directory / "sweep.html", sweep_page(directory.name, name, jobs, missing))
+    except OSError as error:  # the disk is full, say, which ended the jobs too
+        console.print(f"not written: {directory}: {error.strerror}", highlight=False, markup=False, soft_wrap=True)
     return jobs
 
 

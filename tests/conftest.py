@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import gc
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +40,18 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.small_runs import chat, write_rows
 
     return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", map(chat, range(40)))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 3 MiB, which root may mount."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a file system takes root")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
 
 
 @pytest.fixture(scope="module")

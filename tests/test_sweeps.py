@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
 from cookbook.cli import main
 from cookbook.run_reader import read_run, runs_in
+from cookbook.sweep_summary import summarise
 from tests.small_runs import (
     command,
     contents,
@@ -288,6 +291,16 @@ def test_a_killed_job_leaves_its_siblings_alone_and_goes_on_by_itself(
     whole = contents(newest(second))
     assert main(["resume", str(first)]) == 0 and result(first)["steps"] == 400
     assert contents(newest(second)) == whole
+
+
+def test_the_table_comes_on_a_full_disk_too(small_disk: Path, rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = small_disk / "sweep" / "0_seed=0"
+    assert train(job, rows, steps=2) == 0
+    (small_disk / "ballast").write_bytes(b"\0" * shutil.disk_usage(small_disk).free)
+    capsys.readouterr()
+    assert len(summarise(job.parent, [(job, ["seed=0"])], None, Console())) == 1
+    said = capsys.readouterr().out
+    assert "seed=0  completed" in said and "not written: " in said and "No space left on device" in said
 
 
 # ---- a sweep in a process of its own

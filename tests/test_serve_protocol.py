@@ -305,7 +305,7 @@ def test_a_store_that_cannot_be_opened_ends_in_one_line(tmp_path: Path) -> None:
 
 def test_to_look_at_keys_makes_no_store(tmp_path: Path) -> None:
     for words in (["keys", "list"], ["keys", "revoke", "1f3c09aa"]):
-        with pytest.raises(UsageError, match="typo holds no serve.db: name a server's store"):
+        with pytest.raises(UsageError, match=r"typo holds no serve\.db: name a server's store"):
             main([*words, f"store={tmp_path / 'typo'}"], Console())
     assert not (tmp_path / "typo").exists()
 

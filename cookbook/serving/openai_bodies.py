@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from cookbook.messages import tool_name
 from cookbook.serving.refusal import Refusal
 
-
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 

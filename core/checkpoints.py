@@ -40,8 +40,9 @@ def resolve(path: str | Path, store: Path) -> Path:
 
 
 def check_name(name: str) -> None:
-    if not name or name.startswith(".") or "/" in name or "\\" in name or "\0" in name:
-        raise ValueError(f"checkpoint name {name!r} must be one path segment that does not start with a dot")
+    if not name or name.startswith(".") or "/" in name or "\\" in name or not name.isprintable():
+        said = "must be one path segment of printable characters that does not start with a dot"
+        raise ValueError(f"checkpoint name {name!r} {said}")
 
 
 def write_atomically(target: Path, fill: Callable[[Path], None]) -> None:
@@ -200,7 +201,13 @@ def _read_params(adapter: Adapter, directory: Path) -> torch.Tensor:
 
 
 def _read_moments(directory: Path, adapter: Adapter) -> dict[str, torch.Tensor]:
-    moments = read_tensors(directory / "optimizer.safetensors")
+    file = directory / "optimizer.safetensors"
+    if directory.parent.name == "sampler_weights" and not file.exists():
+        raise ValueError(
+            f"checkpoint {directory} is for sampling, without the optimizer's moments: load its weights alone, or one that"
+            " save_state wrote"
+        )
+    moments = read_tensors(file)
     shapes = {key: list(tensor.shape) for key, tensor in moments.items()}
     if not {"exp_avg", "exp_avg_sq"} <= shapes.keys() or any(s != list(adapter.params.shape) for s in shapes.values()):
         expected = f"exp_avg and exp_avg_sq of {list(adapter.params.shape)}"

@@ -131,9 +131,9 @@ def test_a_name_in_use_is_refused_unless_overwritten(tmp_path: Path) -> None:
         one.close()
 
 
-@pytest.mark.parametrize("name", ["", ".hidden", "..", "a/b", "a\\b", "a\0b"])
+@pytest.mark.parametrize("name", ["", ".hidden", "..", "a/b", "a\\b", "a\0b", "a\nb", "a\x1b[2J"])
 def test_names_are_one_path_segment(name: str) -> None:
-    with pytest.raises(ValueError, match="must be one path segment that does not start with a dot"):
+    with pytest.raises(ValueError, match="must be one path segment of printable characters that does not start with a dot"):
         check_name(name)
 
 

@@ -165,6 +165,8 @@ async def forward_backward(request: Request, server: Serving, owner: Owner) -> d
         message = proto.parse("ForwardBackwardRequest", body)
     except ValueError as error:
         raise Refusal(400, str(error)) from error
+    if message.seq_id < 0:
+        raise Refusal(400, f"seq_id is {message.seq_id}, expected 0 or more")
 
     num_tokens = 0
 

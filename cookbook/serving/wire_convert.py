@@ -76,15 +76,23 @@ def json_tensor(given: Mapping[str, Any], where: str) -> torch.Tensor:
     if (dtype := str(given.get("dtype"))) not in dtypes:
         raise ValueError(f"{where} has dtype {dtype}, expected float32 or int64")
     try:
-        values = np.asarray(given.get("data", []), dtypes[dtype])
+        values = _numbers(given.get("data", []), dtypes[dtype])
         shape = [int(size) for size in given.get("shape") or [len(values)]]
         check_cells(where, math.prod(shape))
         if given.get("sparse_crow_indices") is not None:
-            crow = np.asarray(given["sparse_crow_indices"], "<i8")
-            return _spread(values, crow, np.asarray(given.get("sparse_col_indices", []), "<i8"), shape, where)
+            crow, col = (_numbers(given.get(f"sparse_{name}_indices", []), dtypes["int64"]) for name in ("crow", "col"))
+            return _spread(values, crow, col, shape, where)
         return torch.from_numpy(values.reshape(shape).copy())
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{where} is no tensor: {error}") from error
+
+
+def _numbers(given: Any, dtype: np.dtype) -> np.ndarray:
+    """Raises ValueError for fractions where whole numbers are asked for: numpy would cut them off."""
+    values = np.asarray(given, dtype)
+    if dtype.kind == "i" and bool((values != np.asarray(given, "<f8")).any()):
+        raise ValueError("expected whole numbers")
+    return values
 
 
 def check_cells(where: str, count: int) -> None:

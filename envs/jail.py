@@ -135,6 +135,8 @@ def build_root(spec: dict[str, Any]) -> None:
     check(libc.mount(b"tmpfs", root.encode(), b"tmpfs", NOSUID | NODEV, b"size=1m,mode=755"), "mount root")
     for path in spec["readable"]:
         show(path, root + path)
+    for path in spec["hidden"]:
+        check(libc.mount(b"tmpfs", (root + path).encode(), b"tmpfs", RDONLY | NOSUID | NODEV, b"size=4k"), f"hide {path}")
     os.mkdir(f"{root}/cook-box")
     size = f"size={spec['disk_mb']}m,nr_inodes=1000,mode=777".encode()
     check(libc.mount(b"tmpfs", f"{root}/cook-box".encode(), b"tmpfs", NOSUID | NODEV, size), "mount work")
@@ -193,7 +195,7 @@ def enter_landlock(spec: dict[str, Any]) -> None:
     nets, scopes = 3 if version >= NET_VERSION else 0, 3 if version >= SCOPE_VERSION else 0
     wanted = struct.pack("QQQ", known, nets, scopes)
     ruleset = check(libc.syscall(CREATE_RULESET, wanted, len(wanted), 0), "landlock")
-    rules = [(path, EXECUTE | READ_FILE | READ_DIR) for path in spec["readable"]]
+    rules = list(dict.fromkeys(rule for path in spec["readable"] for rule in readable(path, spec["hidden"])))
     rules += [(f"/dev/{name}", READ_FILE | WRITE_FILE) for name in ("null", "zero", "full")]
     rules.append((spec["folder"], READ_FILE | READ_DIR | WRITE_FILE | REMOVE_FILE | MAKE_REG | TRUNCATE))
     for path, rights in rules:
@@ -204,6 +206,19 @@ def enter_landlock(spec: dict[str, Any]) -> None:
         os.close(file)
     check(libc.syscall(RESTRICT_SELF, ruleset, 0), "landlock")
     os.close(ruleset)
+
+
+def readable(path: str, hidden: list[str]) -> list[tuple[str, int]]:
+    """Rules to read all of `path` but what is hidden, whose names stay: a rule holds for everything below."""
+    path = os.path.realpath(path)
+    if path in hidden:
+        return []
+    if not any(other.startswith(f"{path}/") for other in hidden):
+        return [(path, EXECUTE | READ_FILE | READ_DIR)]
+    inside = [
+        entry.path for entry in os.scandir(path) if not entry.is_symlink()
+    ]  # a link leads where there is a rule, or nowhere
+    return [(path, READ_DIR), *(rule for entry in inside for rule in readable(entry, hidden))]
 
 
 # ---- all

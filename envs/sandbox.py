@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal, TypeAlias, final
 
+from envs.folders import holds_more, own_folder
+
 Mechanism: TypeAlias = Literal["bubblewrap", "namespaces", "landlock", "none"]
 Stopped: TypeAlias = Literal["cpu", "time", "output", "disk", "peer"]
 
@@ -134,7 +136,7 @@ class Sandbox:
             return outcome, peer.result()
 
     def _run(self, source: str, stdin: str, limits: Limits, pipes: tuple[int, ...], over: threading.Event) -> Outcome:
-        with _folder() as folder:
+        with own_folder() as folder:
             try:
                 Path(folder, "program.py").write_bytes(source.encode(errors="replace"))
                 with _feed(stdin, folder) as feed:
@@ -162,8 +164,8 @@ class Sandbox:
             "open_files": limits.open_files, "threads": limits.threads,
         }  # fmt: skip
         spec = {
-            "mechanism": self.mechanism, "folder": folder, "readable": _readable(), "command": program, "limits": whole,
-            "disk_mb": limits.disk_mb, "status": status,
+            "mechanism": self.mechanism, "folder": folder, "readable": _readable(), "hidden": _hidden(), "command": program,
+            "limits": whole, "disk_mb": limits.disk_mb, "status": status,
         }  # fmt: skip
         jail = [_python(), "-I", "-S", str(JAIL), marshal.dumps(spec).hex()]
         return [*_bubblewrap(folder, limits), *jail] if self.mechanism == "bubblewrap" else jail
@@ -180,31 +182,6 @@ class Sandbox:
         # a folder's random name is no part of what the program did
         stdout, stderr = (re.sub(rf"({re.escape(folder)}|/cook-box)/", "", watch.text(name)) for name in ("stdout", "stderr"))
         return Outcome(stdout, stderr, code, stopped, watch.limits)
-
-
-@contextlib.contextmanager
-def _folder() -> Iterator[str]:
-    folder = tempfile.mkdtemp(prefix="cook-")
-    try:
-        yield folder
-    finally:
-        with contextlib.suppress(OSError):
-            _flatten(folder)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _flatten(folder: str) -> None:
-    """Empties all folders below: each comes to the top before it is looked into, so that no depth makes a path too long."""
-    while below := [entry.path for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]:
-        for path in below:
-            os.chmod(path, 0o700)
-            for entry in list(os.scandir(path)):
-                if entry.is_dir(follow_symlinks=False):
-                    os.chmod(entry.path, 0o700)
-                    os.rename(entry.path, tempfile.mkdtemp(dir=folder))
-                else:
-                    os.unlink(entry.path)
-            os.rmdir(path)
 
 
 @contextlib.contextmanager
@@ -277,27 +254,8 @@ class _Watch:
             self.stopped = "time"
         elif self.over.is_set():
             self.stopped = "peer"
-        elif self._disk_is_full():
+        elif holds_more(self.folder, self.limits.disk_mb << 20, MAX_FILES):
             self.stopped = "disk"
-
-    def _disk_is_full(self) -> bool:
-        """Or cannot be measured: a folder that may not be listed, a path too long."""
-        room, count, waiting = self.limits.disk_mb << 20, 0, [self.folder]
-        while waiting:
-            try:
-                with os.scandir(waiting.pop()) as entries:
-                    for entry in entries:
-                        count += 1
-                        if entry.is_dir(follow_symlinks=False):
-                            waiting.append(entry.path)
-                        room -= _size(entry)
-                        if room < 0 or count > MAX_FILES:
-                            return True
-            except FileNotFoundError:
-                continue
-            except OSError:
-                return True
-        return False
 
     def _ended(self) -> bool:
         return self._wait(os.WNOHANG)
@@ -310,13 +268,6 @@ class _Watch:
         self.exit_code = self.process.returncode = os.waitstatus_to_exitcode(status)
         self.cpu_seconds = usage.ru_utime + usage.ru_stime
         return True
-
-
-def _size(entry: os.DirEntry[str]) -> int:
-    try:
-        return entry.stat(follow_symlinks=False).st_size
-    except FileNotFoundError:
-        return 0
 
 
 # ---- what the machine offers
@@ -377,10 +328,22 @@ def _python() -> str:
 @functools.cache
 def _readable() -> list[str]:
     """What Python needs to run: itself, its library, the C library."""
-    own = [_python(), os.path.realpath(sysconfig.get_path("stdlib")), os.path.join(os.path.realpath(sys.base_prefix), "lib")]
+    own = [_python(), os.path.join(os.path.realpath(sys.base_prefix), "lib"), _library()]
     shared = ["/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache", "/nix/store", "/usr/share/zoneinfo"]
     devices = ["/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"]
     return [path for path in (*shared, *own, *devices) if os.path.exists(path)]
+
+
+@functools.cache
+def _library() -> str:
+    return os.path.realpath(sysconfig.get_path("stdlib"))
+
+
+@functools.cache
+def _hidden() -> list[str]:
+    """What people installed lies among what Python needs: data sets with their answers may be in it."""
+    found = (f"{_library()}/site-packages", f"{_library()}/dist-packages", "/usr/lib/python3/dist-packages")
+    return [path for path in found if os.path.isdir(path)]
 
 
 def _bubblewrap(folder: str, limits: Limits) -> list[str]:
@@ -390,5 +353,7 @@ def _bubblewrap(folder: str, limits: Limits) -> list[str]:
             command += ["--symlink", os.readlink(path), path]
         else:
             command += ["--dev-bind" if path.startswith("/dev/") else "--ro-bind", path, path]
+    for path in _hidden():
+        command += ["--tmpfs", path]
     command += ["--size", str(limits.disk_mb << 20), "--tmpfs", "/cook-box", "--chdir", "/cook-box"]
     return [*command, "--ro-bind", f"{folder}/program.py", "/cook-box/program.py", "--remount-ro", "/"]

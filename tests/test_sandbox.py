@@ -192,6 +192,20 @@ def test_there_are_no_files_but_pythons_and_its_own(sandbox):
     assert len(output.split()) == 8 and output.split()[:5].count("set()") == 0
 
 
+def test_packages_beside_the_standard_library_cannot_be_read(sandbox):
+    source = """
+        import os, ssl, sqlite3, sys
+        library = os.path.dirname(os.__file__)
+        for folder in (f"{library}/site-packages", f"{library}/dist-packages", "/usr/lib/python3/dist-packages"):
+            for path, _, names in os.walk(folder):
+                for name in names:
+                    try: print(open(os.path.join(path, name), "rb").read(1))
+                    except OSError: pass
+    """
+    outcome = run(sandbox, source)
+    assert (outcome.stdout, outcome.explain()) == ("", "")
+
+
 def test_nothing_outside_can_be_changed(sandbox, tmp_path):
     mine = tmp_path / "mine"
     mine.write_text("whole")

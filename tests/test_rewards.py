@@ -49,6 +49,13 @@ def test_a_function_gets_completions_prompts_and_columns_as_lists_of_one() -> No
     assert stepped(TEXT, function_reward(right, "right")) == StepResult(1.0, metrics={"reward/right": 1.0})
 
 
+def test_the_function_in_the_docs_scores() -> None:
+    docs = Path(__file__).parent.parent.joinpath("docs/rl.md").read_text(encoding="utf-8")
+    written: dict[str, Any] = {}
+    exec(docs.partition("```python\n")[2].partition("```")[0], written)
+    assert stepped(TEXT, function_reward(written["score"], "score")).reward == 1.0
+
+
 def test_message_prompts_give_message_completions_without_tokens() -> None:
     def right(completions, prompts):
         assert completions == [[{"role": "assistant", "content": "4"}]] and len(prompts[0]) == 2

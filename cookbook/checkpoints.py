@@ -66,7 +66,10 @@ class Checkpoints:
         """The newest whose weights are known to give finite numbers: they were evaluated, or a step trained on them is
         among the `step` steps logged.
         """
-        known = (row for row in reversed(self.rows) if row["step"] < step or math.isfinite(self._rating(row)))
+        def finite(metrics: Mapping[str, float]) -> bool:
+            return bool(metrics) and all(math.isfinite(float(value)) for value in metrics.values())
+
+        known = (row for row in reversed(self.rows) if row["step"] < step or finite(row["metrics"]))
         return next((row for row in known if (path := self.directory(row)) is None or path.is_dir()), None)
 
     def beaten_by(self, metrics: Mapping[str, float]) -> bool:

@@ -243,9 +243,9 @@ class Session(Generic[AnyUnit]):
 
     def _evaluate(self) -> dict[str, float]:
         """Held-out replies under the policy as it is."""
-        final = self.done == self.num_steps
+        samples = self._samples(self.done, final=self.done == self.num_steps)
         if not self.data.held_out:
-            return self._samples(self.done, final)
+            return samples
         parts = self._ended(self._asked(self.done, self.data.held_out))
         # after the reference: in micro-batches with it, bf16 would round the two differently, and step 0 is to be a tie
         futures = [self.trainer.forward(part.data, "cross_entropy", logprobs="weighted") for part in parts]
@@ -256,7 +256,6 @@ class Session(Generic[AnyUnit]):
         if "accuracy" in figures:
             for kind in sorted({unit.kind for part in parts for unit in part.units} - {""}):
                 figures[f"accuracy/{kind}"] = self._accuracy_of(kind, parts, policy)
-        samples = self._samples(self.done, final) if math.isfinite(figures["loss"]) else {}  # run.log stops at nan
         return {**{f"held_out/{name}": value for name, value in figures.items()}, **samples}
 
     def _write(self, part: Part[AnyUnit], output: ForwardBackwardOutput) -> None:

@@ -65,6 +65,8 @@ class EvalSamples:
         try:
             self._answer(sampler, done, final)
             return self._score(sampler, done)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"step {done}: {error}") from error
         finally:
             sampler.close()
 

@@ -45,9 +45,9 @@ def closing_lines(result: Result, run_dir: Path, checkpoint_dir: Path | None, ha
     return [*lines, *_next_commands(result, shlex.quote(run))]
 
 
-def way_out(run_dir: Path, steps: int, good: str | None) -> tuple[str, str | None]:
+def way_out(run_dir: Path, good: str | None, has_begun: bool) -> tuple[str, str | None]:
     """(what to do, the command) after numbers that are not finite; `good` is the newest checkpoint known to be so."""
-    if steps == 0 and good is None:
+    if not has_begun and good is None:
         return "No weight has moved yet: the model, the adapter of init_from or the rows are at fault", None
     run = shlex.quote(_short(run_dir))
     if good is None:

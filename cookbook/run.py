@@ -315,7 +315,7 @@ class Run:
     def _of_diverged(self, error: FloatingPointError) -> UsageError:
         """A resumed run would take the same step again, so the way out is another run."""
         sound = self.checkpoints.sound(self.step)
-        advice, self._go_on = way_out(self.dir, self.step, sound and str(self.location(sound)))
+        advice, self._go_on = way_out(self.dir, sound and str(self.location(sound)), has_begun=self._total is not None)
         return UsageError(f"{error}. {advice}")
 
     def _fail(self, error: BaseException) -> None:

@@ -179,6 +179,15 @@ def test_a_mistake_is_one_line(
     assert said in line and not (tmp_path / "run").exists()
 
 
+def test_an_adapter_that_has_diverged_is_not_saved(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tmp_path / "run", rows, "dpo", learning_rate=1e30, steps=1) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: step 1: ") and "No checkpoint is known to be good: start again with a lower" in line
+    assert not (tmp_path / "run" / "checkpoints.jsonl").exists()
+
+
 def test_sft_tells_where_pairs_belong(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(tmp_path / "run", rows) == 2
     assert "rows with chosen and rejected are for `cook dpo`" in capsys.readouterr().err

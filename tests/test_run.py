@@ -363,6 +363,7 @@ def test_numbers_that_are_not_finite_lead_to_the_newest_checkpoint_known_to_be_g
     tmp_path: Path, saved: int, evaluated: float | None, good: int | None
 ) -> None:
     with pytest.raises(UsageError) as raised, start(tmp_path, keep_last=1 if good is None else 2) as run:
+        run.begin(9)
         train(run, 1, saved - 1)
         train(run, saved, saved, nll=iter([evaluated]) if evaluated else None)
         raise FloatingPointError(f"step {saved + 1}: loss nan")

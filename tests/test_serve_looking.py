@@ -28,7 +28,6 @@ from cookbook.serving.store import Store
 from core import Future, ModelInput
 from core.request import Call
 from tests.live_server import MODEL, serving
-from tests.test_bad_input import small_disk  # noqa: F401
 from tests.test_report import browser  # noqa: F401
 from tests.test_serve_protocol import Wire, gradient
 from tests.tiny import service_at, tiny_model_dir
@@ -354,7 +353,7 @@ def test_what_was_half_deleted_does_not_come_back(tmp_path: Path) -> None:
     store.close()
 
 
-def test_a_full_disk_fails_a_save_and_nothing_else(small_disk: Path) -> None:  # noqa: F811
+def test_a_full_disk_fails_a_save_and_nothing_else(small_disk: Path) -> None:
     """At every point where it can fill up: no file fits, some do, all do but the index has no room."""
     store, ballast = small_disk / "store", small_disk / "ballast"
     pair = Pair(store)

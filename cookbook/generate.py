@@ -21,6 +21,7 @@ from cookbook.keys import did_you_mean
 from cookbook.overrides import key_of, spelt_out
 from cookbook.past_policy import PastPolicy, open_policy
 from cookbook.rl import limits_of
+from cookbook.rollout_log import new_errors
 from cookbook.rollout_log import row as attempt_row
 from cookbook.rollouts import Group, Rollouts
 from core import SamplingParams
@@ -68,10 +69,13 @@ def generate(target: str, words: Sequence[str], checkpoint: str, console: Consol
         console.print(f"going on after {made.problems} problems", style="dim", highlight=False)
     params = SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature, stop=policy.renderer.stop)
     runner = Rollouts(policy.renderer, params, limits_of(config, policy.model.name, policy.context))
+    known_errors: set[str] = set()
     rest_of = itertools.islice(problems, made.problems, None)
     while piece := list(itertools.islice(rest_of, PIECE)):
         groups = runner.run(piece, policy.sampler, own.n, (config.seed, "cook generate"), first=made.problems)
         made.add(len(piece), groups, [row for group in groups for row in _rows(group, own, has_reward)])
+        for line in new_errors(groups, known_errors):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         console.print(made.line(), markup=False, highlight=False)
     made.finish(console)
 
@@ -84,6 +88,7 @@ class Made:
         self._progress = out.with_name(f"{out.name}.progress")
         self.problems = self.rows = self.replies = self.failed = 0
         self.reward_sum = self.kept_sum = 0.0
+        self.errors: dict[str, tuple[int, str]] = {}  # type -> how often, and the first one in full
         if self._progress.is_file():
             self._go_on()
         elif out.exists():
@@ -106,6 +111,7 @@ class Made:
         os.truncate(self.out, known["bytes"])  # what was written after the last note
         for key in COUNTS:
             setattr(self, key, known[key])
+        self.errors = known.get("errors", {})
 
     def add(self, num_problems: int, groups: Sequence[Group], rows: Sequence[records.Row]) -> None:
         records.append(self.out, "".join(records.encode(row) + "\n" for row in rows), sync=True)
@@ -114,30 +120,41 @@ class Made:
         for group in groups:
             self.replies += len(group.trajectories)
             self.failed += len(group.dropped)
+            for trajectory in group.dropped:
+                kind, text = str(trajectory.error_type), str(trajectory.error)
+                count, first = self.errors.get(kind, (0, text))
+                self.errors[kind] = count + 1, first
             self.reward_sum += sum(trajectory.reward for trajectory in group.trajectories)
         self.kept_sum += sum(float(row.get("reward", 0.0)) for row in rows)  # type: ignore[arg-type]
         self._note()
 
     def _note(self) -> None:
         state = {key: getattr(self, key) for key in COUNTS}
-        state |= {"bytes": self.out.stat().st_size, "settings": self._settings}
+        state |= {"bytes": self.out.stat().st_size, "settings": self._settings, "errors": self.errors}
         records.replace(self._progress, json.dumps(state))
 
     def line(self) -> str:
-        failed = f", {self.failed} failed" if self.failed else ""
+        failed = f", {self.failed} failed ({self._commonest()[0]})" if self.failed else ""
         rewards = ""
         if self._has_reward and self.replies:
             rewards = f"; mean reward {self.reward_sum / self.replies:.3f}"
             rewards += f", of those kept {self.kept_sum / self.rows:.3f}" if self.rows else ""
         return f"{self.problems} problems, {self.replies} replies{failed}, {self.rows} rows kept{rewards}"
 
+    def _commonest(self) -> tuple[str, str]:
+        """ "RewardError 10 times" and the first of them in full."""
+        kind, (count, first) = max(self.errors.items(), key=lambda item: item[1][0], default=("unknown", (self.failed, "")))
+        return f"{kind} {count} times", first
+
     def finish(self, console: Console) -> None:
         self._progress.unlink()
         if not self.rows:
             self.out.unlink()
+            times, first = self._commonest()
+            why = f" ({times}, the first: {first})" if self.failed else ""
             raise UsageError(
-                f"no row was kept of {self.problems} problems: {self.failed} of the attempts failed, the others were empty,"
-                " cut at max_tokens, or scored below min_reward"
+                f"no row was kept of {self.problems} problems: {self.failed} of the attempts failed{why},"
+                " the others were empty, cut at max_tokens, or scored below min_reward"
             )
         console.print(f"{self.out}: cook sft data=file data.path={self.out}", markup=False, highlight=False, soft_wrap=True)
 

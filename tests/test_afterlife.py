@@ -360,6 +360,20 @@ def test_a_killed_generation_goes_on_to_the_same_file(run: Path, home: Path, cap
     assert cut.read_bytes() == whole.read_bytes() and len(read_lines(whole)) > 30
 
 
+def test_why_attempts_failed_is_told(run: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reward = home / "bad.py"
+    reward.write_text(
+        "def ouch(completions, prompts, **columns):\n    if prompts[0] > 'say 2':\n        raise RuntimeError('ouch')\n"
+        "    return [1.0]\n\ndef nan(completions, **columns):\n    return [float('nan')]\n"
+    )
+    words = ["generate", str(run), f"data={prompts(home, 5)}", "n=4", "max_tokens=16", f"to={home / 'some.jsonl'}"]
+    out, _ = lines_of([*words, f"reward={reward}:ouch"], capsys)
+    assert "8 failed (RewardError 8 times)" in out and out.count("RuntimeError: ouch") == 1
+    refused = refusal([*words[:-1], f"to={home / 'no.jsonl'}", f"reward={reward}:nan"], capsys)
+    assert "20 of the attempts failed (RewardError 20 times, the first: " in refused and "nan" in refused
+    assert refused.count("\n") == 1
+
+
 def test_an_env_gives_problems_and_rewards(run: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = home / "sums.jsonl"
     words = ["generate", str(run), "env=arithmetic", "problems=6", "n=3", "max_tokens=12", f"to={out}"]

@@ -50,7 +50,9 @@ def export(
     to: Annotated[Path, typer.Option("--to", help="A new or empty folder.", metavar="DIR")],
     form: Annotated[Literal["peft", "merged", "gguf"], typer.Option("--format", help="What to write.")] = "peft",
     checkpoint: Checkpoint = "newest",
-    quantize: Annotated[Literal["f16", "q8_0"], typer.Option("--quantize", help="Of --format gguf.")] = "f16",
+    quantize: Annotated[
+        Literal["f16", "q8_0"] | None, typer.Option("--quantize", help="Of --format gguf; f16 unless told.")
+    ] = None,
     verify: VerifyOption = True,
 ) -> None:
     """Take a result away: the adapter, the merged model, or a GGUF file, reloaded and compared before it is kept."""

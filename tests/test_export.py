@@ -74,6 +74,15 @@ def test_every_format_computes_what_the_engine_computes(kind: str, tmp_path: Pat
     assert ("it gets weights of its own" in said) == (kind == "llama-tied")
 
 
+def test_nothing_but_our_lines_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory, *_ = adapter(tmp_path, "llama")
+    capsys.readouterr()
+    for form in ("peft", "merged", "gguf"):
+        exported(directory, tmp_path / form, "--format", form)
+    captured = capsys.readouterr()
+    assert captured.err == "" and captured.out.count("exported ") == 3
+
+
 def test_merging_by_peft_itself_gives_a_tied_model_other_logits(tmp_path: Path) -> None:
     """Why we merge by ourselves: it adds the head's adapter to the embedding too."""
     directory, batch, expected = adapter(tmp_path, "llama-tied")
@@ -200,6 +209,10 @@ def test_mistakes_are_one_line_and_leave_nothing(
     (tmp_path / "full/mine.txt").write_text("x")
     assert "something already" in refused("export", directory, "--to", str(tmp_path / "full"))
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
+
+    for form in ("peft", "merged"):
+        words = ("export", directory, "--to", str(tmp_path / "out"), "--format", form, "--quantize", "q8_0")
+        assert f"--quantize q8_0 goes with --format gguf, not {form}" in refused(*words)
 
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml").write_text("model: {name: x}\n")

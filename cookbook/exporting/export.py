@@ -36,14 +36,16 @@ class Exported:
 
 def export(
     target: str, to: Path, form: Format, console: Console, checkpoint: str = "newest",
-    quantize: Quantize = "f16", verify: bool = True,
+    quantize: Quantize | None = None, verify: bool = True,
 ) -> Exported:  # fmt: skip
     """Everything in `to`, or nothing. UsageError for a folder with something in it, and for an export that computes another."""
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UsageError(f"--to {to}: there is something already; name a new or empty folder")
+    if quantize and form != "gguf":
+        raise UsageError(f"--quantize {quantize} goes with --format gguf, not {form}: add --format gguf, or leave it out")
     subject = find_subject(target, checkpoint)
     try:
-        done = _export(subject, to, form, console, quantize, verify)
+        done = _export(subject, to, form, console, quantize or "f16", verify)
     except ValueError as error:  # a base without safetensors, an adapter of another model, a damaged checkpoint
         if isinstance(error, UsageError):
             raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import warnings
 from collections.abc import Callable
@@ -131,7 +133,8 @@ def load_gguf(file: Path, config: dict[str, Any]) -> tuple[Any, Any]:
     from transformers import GgufConfig, PreTrainedTokenizerFast
 
     size = {"head_dim": config["head_dim"]} if config["model_type"] == "qwen3" and config.get("head_dim") else {}
-    model = _model(file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), **size)
+    with contextlib.redirect_stderr(io.StringIO()):  # the reader's own bar, which no setting silences
+        model = _model(file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), **size)
     return model, PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name)
 
 

@@ -10,11 +10,12 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+
 from cookbook import records
 from cookbook.config import LogConfig
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.progress import Progress as Bar
 
 CONSOLE: ContextVar[Console | None] = ContextVar("console", default=None)  # of a run that is a thread of a sweep
@@ -32,13 +33,19 @@ SHOWN = {  # metric -> how a step line says it, in this order
 SHOWN_EVALS = ("nll", "loss", "reward", "correct", "accuracy")  # last part of eval/<name>/<metric>
 
 
+class Screen(Console):
+    """Whoever reads it may go (cook sft | head): then console.log alone has the rest."""
+
+    def on_broken_pipe(self) -> None:
+        with contextlib.suppress(SystemExit):
+            super().on_broken_pipe()
+
+
 class Progress:
     """Terminal and console.log of one run. `begin` starts the bar; `note` works at any time."""
 
     def __init__(self, log: LogConfig, console_log: Path, console: Console | None = None) -> None:
-        from rich.console import Console
-
-        self.console = console or CONSOLE.get() or Console()
+        self.console = console or CONSOLE.get() or Screen()
         self.console_log = console_log
         self.every = max(1, log.every)
         # rich draws one live display at a time, so a job that runs as a thread of a sweep prints lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 import shutil
 import signal
@@ -207,6 +208,22 @@ def test_a_damaged_checkpoint_costs_the_steps_after_the_one_before(
     assert "checkpoint 000024 is damaged" in capsys.readouterr().out
     shutil.rmtree(damaged.with_name("000024.damaged"))
     assert_same_end(run, straight)
+
+
+def test_a_run_outlives_whoever_reads_its_output(tmp_path: Path, rows: Path, straight: Path) -> None:
+    """As in cook sft | head -1."""
+    run, pipe = tmp_path / "run", tmp_path / "pipe"
+    os.mkfifo(pipe)
+    processes = Processes(pipe)
+    try:
+        processes.start(command(run, rows, steps=STEPS))
+        with pipe.open() as reader:
+            assert reader.readline()
+        assert processes.wait() == 0
+    finally:
+        processes.close()
+    assert_same_end(run, straight)
+    assert f"step {STEPS}/{STEPS}" in (run / "console.log").read_text()
 
 
 def test_a_stream_resumes_at_its_row(tmp_path: Path, rows: Path, processes: Processes) -> None:

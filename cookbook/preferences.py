@@ -248,10 +248,15 @@ def _fitted(
 
 
 def mismatched(replies: Sequence[TokenSequence], max_length: int) -> list[Datum]:
-    """Each prompt with the reply of the row after it, cut to max_length tokens."""
+    """Each prompt with the next reply that is to another prompt, cut to max_length tokens; none where all have one prompt."""
     data = []
-    for one, other in zip(replies, [*replies[1:], *replies[:1]], strict=True):
-        end, start = _first_weight(one), _first_weight(other)
+    prompts = [reply.tokens[: _first_weight(reply)] for reply in replies]
+    for i, one in enumerate(replies):
+        order = [*range(i + 1, len(replies)), *range(i)]
+        place = next((j for j in order if prompts[j] != prompts[i]), None)
+        if place is None:
+            continue
+        other, end, start = replies[place], len(prompts[i]), len(prompts[place])
         tokens, weights = one.tokens[:end] + other.tokens[start:], one.weights[:end] + other.weights[start:]
         data.append(TokenSequence(one.label, tokens[:max_length], weights[:max_length]).datum())
     return data

@@ -88,6 +88,17 @@ def test_kto_learns_from_rated_replies(tmp_path: Path) -> None:
     assert max(row["dpo/z"] for row in metrics(tmp_path / "run")[1:]) >= 0.0
 
 
+def test_kto_needs_another_reply_in_the_batch(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(tmp_path / "run", rows, "dpo", recipe="kto", batch_size=1) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: batch_size=1: ") and "at least 2" in said and said.count("\n") == 1
+    row = {"prompt": "say a", "completion": "a", "label": True}
+    same = [{**row, "completion": "ab"[i % 2] * (1 + i), "label": i % 2 == 0} for i in range(12)]
+    same = write_rows(tmp_path / "same.jsonl", same)  # one prompt: nothing is mismatched
+    assert train(tmp_path / "run", same, "dpo", recipe="kto", batch_size=2, data_eval_rows=2, steps=3) == 0
+    assert [step["dpo/z"] for step in metrics(tmp_path / "run")[1:]] == [0.0] * 3
+
+
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(run: Path, rows: Path, tmp_path: Path) -> None:
     """The reference among it: with the policy of step 6 in its place the losses would start over at ln 2."""
     part = tmp_path / "part"

@@ -92,6 +92,23 @@ def test_kto_weighs_wanted_and_unwanted_replies_against_the_distance() -> None:
     assert accuracy(scored) == pytest.approx(sum((g > b) + 0.5 * (g == b) for g in good for b in bad) / 9)
 
 
+def test_a_mismatched_reply_is_to_another_prompt() -> None:
+    """Pairs taken apart have two replies to each prompt, one after the other or not."""
+    from array import array
+
+    def reply(prompt: int, token: int) -> TokenSequence:
+        return TokenSequence("row", array("i", [9, prompt, token, token]), array("f", [0, 0, 1, 1]))
+
+    def tokens(replies: list[TokenSequence]) -> list[list[int]]:
+        data = mismatched(replies, 64)
+        last = [int(torch.as_tensor(datum.loss_fn_inputs["target_tokens"])[-1]) for datum in data]
+        return [[*datum.model_input.to_ints(), token] for datum, token in zip(data, last, strict=True)]
+
+    assert tokens([reply(1, 4), reply(1, 5), reply(2, 6)]) == [[9, 1, 6, 6], [9, 1, 6, 6], [9, 2, 4, 4]]
+    assert tokens([reply(1, 4), reply(2, 5)]) == [[9, 1, 5, 5], [9, 2, 4, 4]]
+    assert tokens([reply(1, 4), reply(1, 5)]) == []
+
+
 def test_every_loss_falls_when_the_chosen_reply_becomes_likelier() -> None:
     scores: list[Callable[[torch.Tensor], Scored]] = [
         lambda sums: pairs.score(pairs.Config(), part([None] * 3), sums),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic
 
 from cookbook import records
 from cookbook.compose import compose, load_recipe, recompose
@@ -18,6 +18,7 @@ from cookbook.estimates import Item, of_two_samples
 from cookbook.keys import did_you_mean
 from cookbook.overrides import key_of, spelt_out
 from cookbook.past_policy import Found, PastPolicy
+from cookbook.preferences import AnyUnit
 from cookbook.rollout_log import row as attempt_row
 from cookbook.rollout_metrics import env_metrics, pass_metrics
 from cookbook.rollouts import Limits, Rollouts
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cookbook.dpo import Score
-    from cookbook.preferences import Unit
     from cookbook.run_reader import PastRun
     from envs.env import Problem
 
@@ -91,13 +91,13 @@ class RowLoss(Measure):
 
 
 @dataclass
-class Preference(Measure):
+class Preference(Measure, Generic[AnyUnit]):
     """How well a policy tells wanted replies from others: accuracy by the rewards of the run's recipe; and by how much more
     it has come to like them since the run's beginning, in nats. An item per pair, or per reply where there are no pairs.
     """
 
-    read: Callable[[PastPolicy], Sequence[Unit]]
-    score: Score
+    read: Callable[[PastPolicy], Sequence[AnyUnit]]
+    score: Score[AnyUnit]
     origin: Callable[[PastPolicy], PastPolicy]
     _before: dict[str, Tensor] = field(default_factory=dict)  # the origin's log p of each reply, by base model
 
@@ -218,7 +218,7 @@ def _rows_of_run(kind: str, past: PastRun, config: Any) -> Measure:
     from cookbook.origin import adapter_of
     from cookbook.preferences import load_pairs, load_rated
 
-    def read(policy: PastPolicy) -> Sequence[Unit]:
+    def read(policy: PastPolicy) -> Sequence[Any]:
         load = load_rated if past.recipe in UNPAIRED else load_pairs
         return load(config.data, policy.renderer, **how).held_out
 

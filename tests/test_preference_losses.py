@@ -1,4 +1,4 @@
-"""The losses of recipes/dpo on given logprobs: by the papers' formulas in float64, and TRL's own where it is installed."""
+"""The losses of recipes/dpo on given logprobs: by the papers' formulas in float64, and TRL's own."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_every_loss_falls_when_the_chosen_reply_becomes_likelier() -> None:
         assert (gradient[::2] < 0).all() and (gradient[1::2] > 0).all()
 
 
-# ---- TRL's own losses, where the bench group is installed
+# ---- TRL's own losses
 
 
 def policy_and_reference() -> tuple[Any, Any]:
@@ -145,7 +145,7 @@ def reply_logprobs(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def trl_trainer(name: str, directory: Path, rows: list[dict[str, Any]], **values: Any) -> Any:
     """Its trainer, with two models of `policy_and_reference`: `model` and `ref_model`."""
-    trl = pytest.importorskip("trl", reason="TRL is in the bench group: uv sync --group bench")
+    import trl
     from datasets import Dataset
     from transformers import AutoTokenizer
 
@@ -159,18 +159,26 @@ def trl_trainer(name: str, directory: Path, rows: list[dict[str, Any]], **values
 
 
 @pytest.mark.parametrize(("kind", "loss"), [("sigmoid", pairs), ("ipo", ipo)])
-def test_dpo_and_ipo_are_trls(kind: str, loss: Any, tmp_path: Path) -> None:
+def test_dpo_and_ipo_are_trls_and_so_are_their_gradients(kind: str, loss: Any, tmp_path: Path) -> None:
     """Its trainer's loss on a batch, two random models as policy and reference; ours on these models' logprobs."""
     rows = [{"prompt": f"say {i}", "chosen": " yes" * (1 + i), "rejected": " no" * (4 - i)} for i in range(4)]
     trainer = trl_trainer("DPO", tmp_path, rows, loss_type=[kind])
     batch = next(iter(trainer.get_train_dataloader()))
     order = torch.arange(8).view(2, 4).T.flatten()  # chosen, rejected, chosen, ...; there the chosen come first
+    theirs = trainer.compute_loss(trainer.model, dict(batch))
     with torch.no_grad():
-        theirs = float(trainer.compute_loss(trainer.model, dict(batch)))
-        now, then = (reply_logprobs(model, batch)[order] for model in (trainer.model, trainer.ref_model))
+        then = reply_logprobs(trainer.ref_model, batch)[order]
+    now = reply_logprobs(trainer.model, batch)[order]
     lengths = batch["completion_mask"].sum(1)[order].tolist()
-    ours = loss.score(loss.Config(beta=0.3), part([None] * 4, then, lengths), now)
-    assert float(ours.loss.mean()) == pytest.approx(theirs, rel=1e-5)
+    ours = loss.score(loss.Config(beta=0.3), part([None] * 4, then, lengths), now).loss.mean()
+    assert_same_loss_and_gradient(ours, theirs, list(trainer.model.parameters()))
+
+
+def assert_same_loss_and_gradient(ours: torch.Tensor, theirs: torch.Tensor, parameters: list[torch.Tensor]) -> None:
+    assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-5)
+    gradients = (torch.autograd.grad(loss, parameters) for loss in (ours, theirs))
+    for mine, its in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-6)
 
 
 def test_kto_is_trls_and_so_is_its_gradient(tmp_path: Path) -> None:
@@ -184,7 +192,6 @@ def test_kto_is_trls_and_so_is_its_gradient(tmp_path: Path) -> None:
     policy, reference = trainer.model, trainer.ref_model
     batch = trainer.data_collator([trainer.train_dataset[i] for i in reversed(range(5))])
     theirs = trainer.compute_loss(policy, dict(batch))
-    gradients = torch.autograd.grad(theirs, list(policy.parameters()))
 
     replies = []
     for tokens, length, mask in zip(batch["input_ids"], batch["attention_mask"].sum(1), batch["completion_mask"], strict=True):
@@ -198,9 +205,7 @@ def test_kto_is_trls_and_so_is_its_gradient(tmp_path: Path) -> None:
     assert distance > 0  # not cut off
     now = reply_logprobs(policy, batch)
     ours = kto.score(kto.Config(beta=0.3, **weights), Part(units, others, then), now, 0.3 * distance).loss.mean()
-    assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
-    for mine, its in zip(torch.autograd.grad(ours, list(policy.parameters())), gradients, strict=True):
-        torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-6)
+    assert_same_loss_and_gradient(ours, theirs, list(policy.parameters()))
 
 
 def datum_logprob(model: Any, datum: Datum) -> torch.Tensor:
@@ -209,16 +214,30 @@ def datum_logprob(model: Any, datum: Datum) -> torch.Tensor:
     return (logits.log_softmax(-1).gather(1, targets.long()[:, None]).squeeze(1) * weights).sum()
 
 
-def test_simpo_is_trls() -> None:
-    pytest.importorskip("trl", reason="TRL is in the bench group: uv sync --group bench")
+def cpo_losses(policy: torch.Tensor, **values: Any) -> torch.Tensor:
+    """TRL's losses without a reference, of chosen and rejected logprobs [P, 2]."""
     from types import SimpleNamespace
 
     from trl.experimental.cpo import CPOTrainer
 
-    its = SimpleNamespace(
-        alpha=0.0, beta=2.0, simpo_gamma=0.5, loss_type="simpo", label_smoothing=0.0, accelerator=SimpleNamespace(device="cpu")
-    )
-    means = POLICY / torch.tensor(LENGTHS)
-    losses, *_ = CPOTrainer.cpo_loss(its, means[::2], means[1::2])  # type: ignore[arg-type]
-    ours = simpo.score(simpo.Config(beta=2.0, gamma=0.5), part([None] * 3, reference=None), POLICY)
-    assert ours.loss.tolist() == pytest.approx(losses.tolist(), rel=1e-5)
+    its = SimpleNamespace(alpha=0.0, accelerator=SimpleNamespace(device="cpu"), **values)
+    losses, *_ = CPOTrainer.cpo_loss(its, policy[:, 0], policy[:, 1])  # type: ignore[arg-type]
+    return losses
+
+
+def test_simpo_is_trls_and_so_is_its_gradient() -> None:
+    policy = POLICY.clone().requires_grad_()
+    means = (policy / torch.tensor(LENGTHS)).view(-1, 2)
+    theirs = cpo_losses(means, loss_type="simpo", beta=2.0, simpo_gamma=0.5, label_smoothing=0.0)
+    ours = simpo.score(simpo.Config(beta=2.0, gamma=0.5), part([None] * 3, reference=None), policy).loss
+    assert ours.tolist() == pytest.approx(theirs.tolist(), rel=1e-5)
+    assert_same_loss_and_gradient(ours.mean(), theirs.mean(), [policy])
+
+
+def test_label_smoothing_is_trls_and_so_is_its_gradient() -> None:
+    """That of its CPOTrainer, given log ratios: its DPOTrainer leaves smoothing out of this loss."""
+    policy = POLICY.clone().requires_grad_()
+    theirs = cpo_losses((policy - REFERENCE).view(-1, 2), loss_type="sigmoid", beta=0.3, label_smoothing=0.2)
+    ours = pairs.score(pairs.Config(beta=0.3, label_smoothing=0.2), part([None] * 3), policy).loss
+    assert ours.tolist() == pytest.approx(theirs.tolist(), rel=1e-5)
+    assert_same_loss_and_gradient(ours.mean(), theirs.mean(), [policy])

@@ -177,7 +177,7 @@ class Session(Generic[AnyUnit]):
                     self._sums[id(unit)] = [next(sums) for _ in unit.sequences]
             known = None
             if self.reference is not None:
-                known = torch.tensor([value for unit in part.units for value in self._sums[id(unit)]])
+                known = torch.tensor([value for unit in part.units for value in self._sums[id(unit)]], dtype=torch.float32)
             parts.append(replace(part, reference=known))
         return parts
 

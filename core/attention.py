@@ -324,8 +324,8 @@ def _mask(group: Group, num_queries: int, num_keys: int, heads_per_kv: int, like
         return _causal[key]
     allowed = torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
     allowed = allowed & (torch.arange(num_keys) >= torch.tensor(left).view(-1, 1, 1))
-    mask = torch.zeros(allowed.shape).masked_fill_(~allowed, float("-inf")).repeat_interleave(heads_per_kv, 1)
-    mask = mask.to(like.device, like.dtype)
+    mask = torch.zeros(allowed.shape, dtype=like.dtype).masked_fill_(~allowed, float("-inf"))
+    mask = mask.repeat_interleave(heads_per_kv, 1).to(like.device)
     if not alike:
         return mask.unsqueeze(1)
     if len(_causal) > 64:

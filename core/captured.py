@@ -62,7 +62,7 @@ class Step:
         device = decoder.device
         self.tokens, self.positions = (torch.zeros(size, dtype=torch.int64, device=device) for _ in range(2))
         self.uniform = torch.zeros(size, dtype=torch.float64, device=device)
-        self.inverse_temperature = torch.ones(size, device=device)
+        self.inverse_temperature = torch.ones(size, dtype=torch.float32, device=device)
         self.greedy = torch.zeros(size, dtype=torch.bool, device=device)
         self.found = torch.zeros(2, size, dtype=torch.float64, device=device)
         self.logits = torch.empty(0)  # [size, V] fp32, times the inverse temperature

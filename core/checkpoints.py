@@ -188,7 +188,7 @@ def _read_params(adapter: Adapter, directory: Path) -> torch.Tensor:
     if set(tensors) != expected:
         odd = sorted(set(tensors) ^ expected)
         raise ValueError(f"checkpoint {directory} and this adapter differ in {len(odd)} tensors, first {odd[0]}")
-    params = torch.empty(adapter.params.shape)
+    params = torch.empty(adapter.params.shape, dtype=torch.float32)
     for name, a, b in adapter.factors(params):
         for view, key in ((a, "A"), (b, "B")):
             tensor = tensors[f"{PREFIX}{name}.lora_{key}.weight"]

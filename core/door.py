@@ -129,7 +129,7 @@ def _check_keys(datum: Datum, where: str, loss_fn: str) -> None:
 def _tensor(raw: TensorLike, dtype: torch.dtype, name: str) -> torch.Tensor:
     """A copy: the caller may reuse its own buffer while the request waits."""
     try:
-        value = torch.as_tensor(raw)
+        value = torch.as_tensor(raw, dtype=dtype if dtype.is_floating_point else None)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} is not an array of numbers: {error}") from error
     if dtype == torch.int64 and value.is_floating_point() and value.numel():  # [] is float

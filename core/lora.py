@@ -99,7 +99,7 @@ class Weights:
 
 def fresh_params(config: LoraConfig, geometry: Geometry) -> torch.Tensor:
     """Parameters [num_rows, rank] of a new adapter, on the CPU: A uniform in +-1/sqrt(d_in) by the seed, B zero."""
-    params = torch.zeros(geometry.num_rows, config.rank)
+    params = torch.zeros(geometry.num_rows, config.rank, dtype=torch.float32)
     generator = torch.Generator().manual_seed(config.seed)
     for rows in geometry.sites.values():
         bound = rows.site.d_in**-0.5
@@ -212,7 +212,7 @@ class Adapter:
         self.make_own()
         torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
             [self.params], [self.grad], [self.exp_avg], [self.exp_avg_sq], [],
-            [torch.tensor(float(self.step), device=self.params.device)],
+            [torch.tensor(float(self.step), dtype=torch.float32, device=self.params.device)],
             lr=adam.learning_rate, beta1=adam.beta1, beta2=adam.beta2, weight_decay=adam.weight_decay, eps=adam.eps,
             amsgrad=False, maximize=False,
         )  # fmt: skip

@@ -109,7 +109,7 @@ def normed_backward(
     dh: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor, add: torch.Tensor | None
 ) -> torch.Tensor:
     """dx [T, d] fp32."""
-    x, dx = x.contiguous(), torch.empty(x.shape)
+    x, dx = x.contiguous(), torch.empty_like(x)
     _call("normed_backward", dh.dtype, dh.contiguous(), x, weight, inverse, add, dx, *x.shape)
     return dx
 

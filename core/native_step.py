@@ -84,11 +84,12 @@ class FewStep(NativeStep):
         )  # fmt: skip
         ranks = torch.tensor([weights.config.rank for weights in adapters], dtype=torch.int64)
         adapter_of = torch.tensor([number.get(weights.key, -1) for weights in owners])
-        self.adapters = factors, ranks, adapter_of, torch.tensor([weights.scale for weights in adapters])
+        self.adapters = factors, ranks, adapter_of, torch.tensor([weights.scale for weights in adapters], dtype=torch.float32)
         most_rank = max((weights.config.rank for weights in adapters), default=0)
         qkv = torch.empty(n, heads.total, heads.size, dtype=decoder.dtype)
         attended = torch.empty(n, heads.q, heads.size, dtype=decoder.dtype)
-        self.scratch = qkv, attended, torch.empty(n, self.width), torch.empty(n, 3 * most_rank)
+        act, low = (torch.empty(n, width, dtype=torch.float32) for width in (self.width, 3 * most_rank))
+        self.scratch = qkv, attended, act, low
         self.counts = (most_rank,)
 
 

@@ -104,8 +104,9 @@ class WideStep(NativeStep):
         addresses = torch.stack(table) if table else torch.empty(0, dtype=torch.int64)
         ranks = torch.tensor([factors.rank for factors in self.factors], dtype=torch.int64)
         low, high = (torch.tensor([span[i] for span in spans.values()], dtype=torch.int64) for i in (1, 2))
-        self.adapters = addresses, ranks, low, high, torch.tensor([weights.scale for weights in members])
+        self.adapters = addresses, ranks, low, high, torch.tensor([weights.scale for weights in members], dtype=torch.float32)
         most_rank = max((factors.rank for factors in self.factors), default=0)
         rows = heads.total * heads.size, max(self.d, heads.q * heads.size), self.width, len(members) * 3 * most_rank
-        self.scratch = torch.empty(self.d, columns), *(torch.empty(count, columns, dtype=dtype) for count in rows)
+        stream = torch.empty(self.d, columns, dtype=torch.float32)
+        self.scratch = stream, *(torch.empty(count, columns, dtype=dtype) for count in rows)
         self.counts = len(members), most_rank

@@ -27,7 +27,7 @@ class Objective:
     def __init__(self, terms: Sequence[Term], shape: torch.Size, device: torch.device) -> None:
         self.runs = _runs(terms)
         self.per_token = all(term.gradient is not None or LOSSES[term.loss_fn].per_token for term in terms)
-        self.losses = torch.zeros(shape, device=device)
+        self.losses = torch.zeros(shape, dtype=torch.float32, device=device)
 
     def gradient(self, rows: slice, logprobs: torch.Tensor) -> torch.Tensor:
         """d loss / d logprobs for consecutive rows, [n, K] fp32; the terms are kept in `losses`."""

@@ -42,7 +42,9 @@ class Item:
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:
         """Values of the wanted positions [n, K] as those of all [N, K]; 0 elsewhere."""
-        return values if self.wanted is None else torch.zeros(self.targets.shape).index_copy_(0, self.wanted, values)
+        if self.wanted is None:
+            return values
+        return torch.zeros(self.targets.shape, dtype=values.dtype).index_copy_(0, self.wanted, values)
 
 
 Standing = Mapping[int, tuple[float, int]]  # by number of the request: smaller comes first

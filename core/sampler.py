@@ -301,7 +301,7 @@ class Sampler:
             load = Load(tokens, positions, page_table(slots, self.page_width).to(device), adapters, choice)
             self.steps.forget_others(self._stacks.kept)
             return Ahead(sequences, self.steps.loaded(load), choice)
-        shift = tensor([s.shift or 0.0 for s in sequences])
+        shift = tensor([s.shift or 0.0 for s in sequences], dtype=torch.float32)
         fresh = [row for row, s in enumerate(sequences) if s.shift is None]
         parts = Decode.of(slots, positions) if few is None else []
         return Batch(sequences, tokens, positions, adapters, parts, choice, shift, fresh, few)

@@ -43,7 +43,7 @@ class Choice:
         plain = all(t == 1.0 for t in temperatures)
         greedy = [p.temperature == 0 or p.top_k == 1 for p in params]
         return cls(
-            None if plain else 1.0 / torch.tensor(temperatures, device=device),
+            None if plain else 1.0 / torch.tensor(temperatures, dtype=torch.float32, device=device),
             torch.tensor(greedy, device=device) if any(greedy) else None,
             [(i, p) for i, p in enumerate(params) if not greedy[i] and (p.top_k > 0 or p.top_p < 1.0)],
         )
@@ -200,7 +200,7 @@ def top_logprobs(
     for start in range(0, len(x), 128):
         part = x[start : start + 128]
         head = Head(decoder, part, [adapters])
-        shift = head.logits(torch.zeros(len(part), device=x.device)).amax(0).float()
+        shift = head.logits(torch.zeros(len(part), dtype=torch.float32, device=x.device)).amax(0).float()
         logprobs = torch.log_softmax(head.logits(shift).T.float() / temperature, dim=1)
         values, tokens = torch.topk(logprobs, min(count, logprobs.shape[1]))
         found += [list(zip(t, v, strict=True)) for t, v in zip(tokens.tolist(), values.tolist(), strict=True)]

@@ -94,7 +94,7 @@ class SamplingClient:
                 f"targets are {targets.dtype} of shape {list(targets.shape)}, expected whole numbers [{len(tokens) - 1}, K]"
             )
         if targets.numel() == 0:
-            return Future.completed(torch.zeros(targets.shape))
+            return Future.completed(torch.zeros(targets.shape, dtype=torch.float32))
         low, high, most = int(targets.min()), int(targets.max()), self.engine.decoder.vocab_size - 1
         if low < -1 or high > most:
             raise ValueError(f"targets run from {low} to {high}, expected -1 to {most}")

@@ -116,7 +116,7 @@ class StackedRows:
         self.even = len(owners) == n and all(rows == self.most for _, rows in owners)
         gather = torch.zeros(n, self.most, dtype=torch.int64)  # padding: row 0
         scatter = torch.empty(self.rows.stop - start, dtype=torch.int64)
-        mask = torch.zeros(self.rows.stop - start, n)
+        mask = torch.zeros(self.rows.stop - start, n, dtype=torch.float32)
         at = 0
         for weights, rows in owners:
             place = stack.place[weights.key]

@@ -6,17 +6,17 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from core import AdamParams, TrainingClient
+from core import AdamParams, ModelInput, SamplingParams, TrainingClient
 from core.futures import Future
 from core.losses import LOSSES
 from core.packing import bins
-from tests.tiny import assert_close, data, flat, gradients, held, new_client, randomise
+from tests.tiny import assert_close, data, flat, gradients, held, new_client, randomise, service_at, tiny_model_dir
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RANKS = (1, 3, 8, 64)
@@ -185,6 +185,40 @@ def test_a_tenant_that_has_diverged_does_not_reach_its_neighbours(tmp_path: Path
     good.optim_step(AdamParams()).result()
     for client in (good, bad):
         client.close()
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_loads_meanwhile_changes_no_number(tmp_path: Path, dtype: str, default: torch.dtype) -> None:
+    """transformers sets torch's default dtype while it builds a model, for all threads."""
+
+    rows = data((20, 9, 33))
+    given = {"target_tokens": rows[0].loss_fn_inputs["target_tokens"], "weights": [0.1] * 20}
+    rows[0] = replace(rows[0], loss_fn_inputs=given)
+
+    def run(store: Path) -> list:
+        options = {"dtype": dtype, "device": "cpu"}
+        clients = [service_at(store, **options).create_lora_training_client(str(tiny_model_dir()), rank=rank).result()
+                   for rank in (2, 5)]  # fmt: skip
+        found: list = []
+        torch.set_default_dtype(default if store.name == "meanwhile" else torch.float32)
+        try:
+            for client in clients:
+                found += client.forward_backward(rows, "cross_entropy").result().loss_fn_outputs
+                found.append({"logprobs": client.adapter.grad.clone()})
+                client.optim_step(AdamParams(1e-3, eps=1.0)).result()  # no sign of a gradient that is nearly 0 counts
+            samplers = [client.save_weights_and_get_sampling_client().result() for client in clients]
+            prompt, params = ModelInput.from_ints(list(range(5, 40))), SamplingParams(max_tokens=6, temperature=0.7, seed=1)
+            for future in [sampler.sample(prompt, 2, params) for sampler in samplers]:
+                found += [{"logprobs": torch.tensor(s.logprobs, dtype=torch.float32)} for s in future.result().sequences]
+        finally:
+            torch.set_default_dtype(torch.float32)
+            for client in clients:
+                client.close()
+        return [one["logprobs"] for one in found]
+
+    for before, meanwhile in zip(run(tmp_path / "before"), run(tmp_path / "meanwhile"), strict=True):
+        assert meanwhile.dtype == before.dtype and torch.allclose(meanwhile, before, 1e-4, 1e-5 if dtype == "float32" else 0.03)
 
 
 def test_one_tenants_weight_decay_and_step_do_not_touch_another(tmp_path: Path) -> None:

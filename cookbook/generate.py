@@ -21,7 +21,7 @@ from cookbook.keys import did_you_mean
 from cookbook.overrides import key_of, spelt_out
 from cookbook.past_policy import PastPolicy, open_policy
 from cookbook.rl import limits_of
-from cookbook.rollout_log import new_errors
+from cookbook.rollout_log import new_failures
 from cookbook.rollout_log import row as attempt_row
 from cookbook.rollouts import Group, Rollouts
 from core import SamplingParams
@@ -74,7 +74,7 @@ def generate(target: str, words: Sequence[str], checkpoint: str, console: Consol
     while piece := list(itertools.islice(rest_of, PIECE)):
         groups = runner.run(piece, policy.sampler, own.n, (config.seed, "cook generate"), first=made.problems)
         made.add(len(piece), groups, [row for group in groups for row in _rows(group, own, has_reward)])
-        for line in new_errors(groups, known_errors):
+        for line in new_failures(groups, known_errors):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         console.print(made.line(), markup=False, highlight=False)
     made.finish(console)

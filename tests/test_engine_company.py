@@ -93,7 +93,7 @@ def assert_same(together, alone) -> None:
     assert bool(alone[0]["grad"].any()) and bool(alone[0]["exp_avg"].any())
     for ours, theirs in zip(together[1], alone[1], strict=True):
         for key, value in theirs.metrics.items():
-            assert ours.metrics[key] == pytest.approx(value, rel=2e-5, abs=2e-5)
+            assert ours.metrics[key] == pytest.approx(value, rel=2e-5, abs=2e-4)  # a sum of hundreds of terms of either sign
         for a, b in zip(getattr(ours, "loss_fn_outputs", []), getattr(theirs, "loss_fn_outputs", []), strict=True):
             torch.testing.assert_close(a["logprobs"], b["logprobs"], rtol=2e-5, atol=5e-5)
 

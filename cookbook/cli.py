@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -68,10 +69,8 @@ def sft(
     """Fine-tune on conversations: cook sft model=qwen3-8b data=no_robots"""
     from cookbook.compose import compose
 
-    if many:
-        return _start_many(lambda words: compose("sft", words, config_dir=config_dir), overrides, "sft", metric, cfg, dry_run)
-    _check_single(metric)
-    return _start(compose("sft", overrides or [], config_dir=config_dir), cfg, dry_run)
+    compose_job = partial(compose, "sft", config_dir=config_dir)
+    return _start_any(compose_job, overrides, "sft", many, metric, cfg, dry_run)
 
 
 @app.command()
@@ -82,10 +81,8 @@ def rl(
     """Learn from rewards: cook rl env=gsm8k, or cook rl data=prompts.jsonl reward=my.py:score"""
     from cookbook.compose import compose
 
-    if many:
-        return _start_many(lambda words: compose("rl", words, config_dir=config_dir), overrides, "rl", metric, cfg, dry_run)
-    _check_single(metric)
-    return _start(compose("rl", overrides or [], config_dir=config_dir), cfg, dry_run)
+    compose_job = partial(compose, "rl", config_dir=config_dir)
+    return _start_any(compose_job, overrides, "rl", many, metric, cfg, dry_run)
 
 
 @app.command()
@@ -96,10 +93,8 @@ def dpo(
     """Learn from preferences: cook dpo data=ultrafeedback, or cook dpo data=file data.path=pairs.jsonl"""
     from cookbook.compose import compose
 
-    if many:
-        return _start_many(lambda words: compose("dpo", words, config_dir=config_dir), overrides, "dpo", metric, cfg, dry_run)
-    _check_single(metric)
-    return _start(compose("dpo", overrides or [], config_dir=config_dir), cfg, dry_run)
+    compose_job = partial(compose, "dpo", config_dir=config_dir)
+    return _start_any(compose_job, overrides, "dpo", many, metric, cfg, dry_run)
 
 
 @app.command()
@@ -114,10 +109,7 @@ def run(
     """Run a recipe file of your own."""
     from cookbook.compose import compose_file
 
-    if many:
-        return _start_many(lambda words: compose_file(file, words, config_dir), overrides, file.stem, metric, cfg)
-    _check_single(metric)
-    return _start(compose_file(file, overrides or [], config_dir), cfg)
+    return _start_any(lambda words: compose_file(file, words, config_dir), overrides, file.stem, many, metric, cfg)
 
 
 @sweep_app.command("wandb")
@@ -284,9 +276,16 @@ def _start(composed: Composed, cfg: str | None, dry_run: bool = False, run_dir: 
     return launch(composed, run_dir)
 
 
-def _check_single(metric: str | None) -> None:
+def _start_any(
+    compose: Callable[[list[str]], Composed], words: list[str] | None, kind: str, many: bool, metric: str | None,
+    cfg: str | None, dry_run: bool = False,
+) -> int | None:  # fmt: skip
+    """One run, or with -m a sweep."""
+    if many:
+        return _start_many(compose, words, kind, metric, cfg, dry_run)
     if metric is not None:
         raise UsageError("--metric is what a sweep compares jobs by: give -m too, and a key with several values")
+    return _start(compose(words or []), cfg, dry_run)
 
 
 def _start_many(

@@ -46,6 +46,7 @@ from cookbook.keys import (
 )
 from cookbook.overrides import Entry, checked_entry, key_of, one_line, spelt_out
 from cookbook.rows import ENDINGS
+from envs.source_file import load_file
 
 DEFAULT_RECIPE = {"sft": "chat", "rl": "reinforce", "dpo": "pairs"}  # recipes/<kind>/<this>.py
 SCHEMA, SAVED, PRIMARY = "cook_schema", "cook_saved", "cook_primary"  # names of our nodes in Hydra's ConfigStore
@@ -139,22 +140,7 @@ def to_yaml(config: Any) -> str:
 def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise UsageError(f"no such recipe file: {path}")
-    name = f"cook_recipe_{path.stem}"
-    loaded = sys.modules.get(name)
-    if loaded is not None and loaded.__file__ == str(path):
-        return loaded
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look up their module by name
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))  # its neighbours, after ours
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+    return load_file(path, "recipe")
 
 
 def _compose(

@@ -12,10 +12,10 @@ from cookbook.data import SupervisedData, load_supervised
 from cookbook.data_cli import RecipeConfig, print_sequences
 from cookbook.errors import UsageError
 from cookbook.memory import peak_memory_gb
-from cookbook.preferences import PreferenceData, load_pairs, load_rated
+from cookbook.preferences import UNPAIRED, PreferenceData, load_pairs, load_rated
 from cookbook.progress import duration
 from cookbook.schedule import default_learning_rate, learning_rate_at, peak_learning_rate, total_steps
-from cookbook.service import check_length
+from cookbook.service import check_context, check_length, connect, start_of
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 EXPECTED_SHARE = 0.6  # of the measured product rate, at 4 FLOP per weight and token: a guess that holds small models too
 MEASURED_SECONDS = 0.3
-UNPAIRED, NO_REFERENCE = ("dpo/kto",), ("dpo/simpo",)  # recipes of recipes/dpo
+NO_REFERENCE = ("dpo/simpo",)  # recipes of recipes/dpo
 STREAM_STEPS = 8  # batches of a stream that are looked at
 
 
@@ -85,7 +85,6 @@ def dry_run(recipe: str, config: SupervisedConfig, console: Console | None = Non
     from rich.console import Console
 
     from cookbook.renderers import load_renderer
-    from cookbook.service import check_context, connect, start_of
     from core.clients import ServiceClient
 
     kind = recipe.partition("/")[0]

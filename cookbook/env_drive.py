@@ -53,9 +53,9 @@ async def attempts(envs: Sequence[Env], policies: Sequence[Policy], seconds: flo
     return [task.result() for task in tasks]
 
 
-def seats(problem: Problem) -> list[Env]:
-    """One env, or the seats of one game."""
-    return problem.make(1) or problem.make(max(2, problem.num_seats))
+def seats(problem: Problem, num_attempts: int = 1) -> list[Env]:
+    """Fresh envs for so many attempts; the seats of one game where they are too few for it."""
+    return problem.make(num_attempts) or problem.make(max(2, problem.num_seats))
 
 
 async def opening(problem: Problem) -> tuple[list[Message], Sequence[Callable[..., Any]]]:

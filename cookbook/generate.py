@@ -69,12 +69,12 @@ def generate(target: str, words: Sequence[str], checkpoint: str, console: Consol
         console.print(f"going on after {made.problems} problems", style="dim", highlight=False)
     params = SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature, stop=policy.renderer.stop)
     runner = Rollouts(policy.renderer, params, limits_of(config, policy.model.name, policy.context))
-    known_errors: set[str] = set()
+    known_failures: set[str] = set()
     rest_of = itertools.islice(problems, made.problems, None)
     while piece := list(itertools.islice(rest_of, PIECE)):
         groups = runner.run(piece, policy.sampler, own.n, (config.seed, "cook generate"), first=made.problems)
         made.add(len(piece), groups, [row for group in groups for row in _rows(group, own, has_reward)])
-        for line in new_failures(groups, known_errors):
+        for line in new_failures(groups, known_failures):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         console.print(made.line(), markup=False, highlight=False)
     made.finish(console)

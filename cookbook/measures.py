@@ -214,9 +214,8 @@ def _rows_of_run(kind: str, past: PastRun, config: Any) -> Measure:
         from cookbook.data import load_supervised
 
         return RowLoss("held_out", lambda policy: load_supervised(config.data, policy.renderer, **how).held_out)
-    from cookbook.dryrun import UNPAIRED
     from cookbook.origin import adapter_of
-    from cookbook.preferences import load_pairs, load_rated
+    from cookbook.preferences import UNPAIRED, load_pairs, load_rated
 
     def read(policy: PastPolicy) -> Sequence[Any]:
         load = load_rated if past.recipe in UNPAIRED else load_pairs

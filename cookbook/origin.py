@@ -85,8 +85,10 @@ def _copy(source: Path, kept: Path, init_from: str) -> None:
 def adapter_of(past: PastRun) -> str | None:
     """The adapter that the run started from, on this machine; one on a server is fetched. None: the base model."""
     init_from, known, kept = past.config.get("init_from"), past.run.get("origin"), past.directory / FOLDER
-    if init_from is None or kept.is_dir():
-        return None if init_from is None else str(kept)
+    if init_from is None:
+        return None
+    if kept.is_dir():
+        return str(kept)
     if str(known).startswith("tinker://"):
         return str(fetched(past.directory, past.config.get("service"), str(known), kept))
     return str(init_from)

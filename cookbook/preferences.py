@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from core import Datum
 
 
+UNPAIRED = ("dpo/kto",)  # recipes that take single replies
+
+
 class Unit(Protocol):
     """What a preference recipe draws its batches from."""
 

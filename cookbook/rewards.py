@@ -14,8 +14,6 @@ import importlib
 import importlib.util
 import inspect
 import math
-import sys
-import threading
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,10 +27,9 @@ from cookbook.errors import UsageError
 from cookbook.judge import Judge, conversation_text
 from cookbook.keys import did_you_mean
 from envs.env import Env, Message, StepResult
+from envs.source_file import load_file
 
 Scored: TypeAlias = float | None
-
-LOADING = threading.RLock()  # one file at a time: runs may be threads of a sweep, and a module under way lacks its functions
 
 
 class RewardError(ValueError):
@@ -176,8 +173,7 @@ def _load_function(spec: str) -> Callable[..., Any]:
     if not where or not name.isidentifier():
         raise UsageError(f"reward {spec}: expected file.py:function, module:function, or judge")
     try:
-        with LOADING:
-            module = _load_file(Path(where).expanduser()) if where.endswith(".py") else importlib.import_module(where)
+        module = _load_file(Path(where).expanduser()) if where.endswith(".py") else importlib.import_module(where)
     except UsageError:
         raise
     except Exception as error:
@@ -196,19 +192,4 @@ def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
         near = [f"{found}" for found in path.parent.glob("*.py")] if path.parent.is_dir() else []
         raise UsageError(f"reward: no such file {path}{did_you_mean(str(path), near)}")
-    name = f"cook_reward_{path.stem}"
-    loaded = sys.modules.get(name)
-    if loaded is not None and loaded.__file__ == str(path.absolute()):
-        return loaded
-    spec = importlib.util.spec_from_file_location(name, path.absolute())
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look up their module by name
-    if str(path.absolute().parent) not in sys.path:
-        sys.path.append(str(path.absolute().parent))  # its neighbours, after ours
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+    return load_file(path, "reward")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 from cookbook import event_loop
-from cookbook.env_drive import settled
+from cookbook.env_drive import seats, settled
 from cookbook.errors import UsageError
 from cookbook.keys import did_you_mean
 from cookbook.tool_calls import Calls, answer, read_reply
@@ -355,7 +355,7 @@ class Rollouts:
 def _envs(problem: Problem, group: Group, group_size: int) -> list[Env]:
     """Fresh envs; a problem that cannot make any leaves a failed trajectory in its group."""
     try:
-        if envs := problem.make(group_size) or problem.make(max(2, problem.num_seats)):  # one game at least
+        if envs := seats(problem, group_size):
             return envs
         raise ValueError(f"make({group_size}) of a problem gave no env")
     except Exception as error:

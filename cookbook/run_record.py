@@ -41,8 +41,7 @@ def typed_keys(run_dir: Path) -> set[str]:
 def note_data(run_dir: Path, found: Mapping[str, object], goes_on: bool) -> None:
     """Write the fingerprint of the data into run.json. UsageError when a run that `goes_on` began with another one."""
     file = run_dir / "run.json"
-    record = json.loads(file.read_text())
-    before = record.get("data")
+    before = json.loads(file.read_text()).get("data")
     if before == found:
         return
     if goes_on and before is not None:  # null: a run from before fingerprints
@@ -51,7 +50,7 @@ def note_data(run_dir: Path, found: Mapping[str, object], goes_on: bool) -> None
             f"the data has changed since the run began ({change}), and a resumed run keeps its batches: bring the old rows back"
             f", or train its weights on the new (cook rerun {run_dir} init_from={run_dir})"
         )
-    records.replace(file, json.dumps({**record, "data": found}, indent=1) + "\n")
+    records.amend(file, data=found)
 
 
 def run_directory(run_dir: str | None, name: str | None, recipe: str) -> Path:

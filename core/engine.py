@@ -269,9 +269,9 @@ class Engine:
             self._passes.settle(batch)
         return time.monotonic() - start
 
-    def _run_alone(self, progress: Progress, train: bool) -> None:
+    def _run_alone(self, progress: Progress, ordered: Sequence[tuple[Item, int]], train: bool) -> None:
         """All of a custom request's micro-batches, sampling in between."""
-        waiting = deque(cut(in_order(progress.request.items(0)), self.token_budget))
+        waiting = deque(cut(ordered, self.token_budget))
         while waiting:
             batch, start = waiting.popleft(), time.monotonic()
             try:
@@ -365,7 +365,8 @@ class Engine:
     def _run_custom(self, request: PassRequest) -> None:
         """Logprobs, the caller's loss on them, then its gradient through an ordinary pass."""
         progress = Progress.of(request)
-        batches = cut(in_order(request.items(0)), self.token_budget)
+        ordered = list(progress.pending.values())
+        batches = cut(ordered, self.token_budget)
         assert request.custom is not None
         if len(batches) == 1 and request.train and any(item.num_wanted for item in batches[0]):
             try:
@@ -373,10 +374,10 @@ class Engine:
                 return
             except torch.OutOfMemoryError as error:
                 self._shrink(batches[0], error)
-        self._run_alone(progress, train=False)
+        self._run_alone(progress, ordered, train=False)
         loss, metrics, request.gradients = evaluate_custom(request, progress.outputs)
         if request.train:
-            self._run_alone(progress, train=True)
+            self._run_alone(progress, ordered, train=True)
         finish_custom(request, progress.outputs, loss, metrics)
 
     def _run_custom_at_once(self, progress: Progress, batch: list[Item]) -> None:

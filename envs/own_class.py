@@ -7,8 +7,6 @@ import importlib
 import importlib.util
 import inspect
 import random
-import sys
-import threading
 import traceback
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +16,11 @@ from types import ModuleType
 from typing import Any, TypeAlias, cast, final
 
 from envs.env import Attempts, Env, Message, Problem, StepResult
+from envs.source_file import load_file
 from envs.streams import Row, check_split, generator, held_apart, read_jsonl, reshuffled, split_rows
 
 Given: TypeAlias = Callable[..., Any]
 NOT_TOOLS = ("reset", "reward", "get_reward", "close")
-LOADING = threading.RLock()  # one file at a time: runs may be threads of a sweep, and a module under way lacks its classes
-
 
 @dataclass
 class Config:
@@ -181,8 +178,7 @@ def _load(spec: str) -> Given:
     if not where or not name.isidentifier():
         raise ValueError(f"env.cls={spec}: expected file.py:Name or module:Name")
     try:
-        with LOADING:
-            module = _load_file(Path(where).expanduser()) if where.endswith(".py") else importlib.import_module(where)
+        module = _load_file(Path(where).expanduser()) if where.endswith(".py") else importlib.import_module(where)
     except Exception as error:
         said = " ".join(str(error).split())
         raise ValueError(f"env.cls={spec}: {where} cannot be imported: {type(error).__name__}: {said}") from error
@@ -196,19 +192,4 @@ def _load(spec: str) -> Given:
 def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise FileNotFoundError(f"no such file {path}")
-    name = f"cook_env_{path.stem}"
-    loaded = sys.modules.get(name)
-    if loaded is not None and loaded.__file__ == str(path.absolute()):
-        return loaded
-    spec = importlib.util.spec_from_file_location(name, path.absolute())
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look up their module by name
-    if str(path.absolute().parent) not in sys.path:
-        sys.path.append(str(path.absolute().parent))  # its neighbours, after ours
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+    return load_file(path, "env")

@@ -20,6 +20,7 @@ from cookbook.service import check_context, check_length, connect, start_of
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
+    from torch import nn
     from transformers import PreTrainedModel
 
     from core import ModelInfo
@@ -186,11 +187,10 @@ def model_without_weights(name: str) -> PreTrainedModel:
 
 def supported_model(name: str, lora: LoraConfig) -> PreTrainedModel:
     """The model without weights, or UsageError for one, or an adapter of it, that the engine would refuse."""
-    import torch
-
     from core.datum import LoraConfig as AdapterConfig
     from core.decoder import Decoder
-    from core.lora import Adapter, Geometry
+    from core.door import check_rank
+    from core.lora import Geometry, Matrix, Site
 
     model = model_without_weights(name)
     wanted = AdapterConfig(
@@ -198,23 +198,34 @@ def supported_model(name: str, lora: LoraConfig) -> PreTrainedModel:
     )
     try:
         Decoder.refuse_unhonoured(type(model).__name__, model.config)
-        Adapter(wanted, Geometry.of([], wanted), torch.device("cpu"))
+        sites = [Site(name, kind, linear.in_features, (Matrix(name, linear.out_features),))
+                 for kind, found in linears(model).items() for name, linear in found.items()]  # fmt: skip
+        if (geometry := Geometry.of([site for site in sites if site.kind != "other"], wanted)).sites:
+            check_rank(lora.rank, geometry)
     except ValueError as error:
         raise UsageError(str(error)) from error
     return model
 
 
-def read_shape(model: PreTrainedModel, lora: LoraConfig) -> Shape:
-    """ValueError for a model whose layers are not Llama-like."""
+def linears(model: PreTrainedModel) -> dict[str, dict[str, nn.Linear]]:
+    """Its linear layers by kind, then by name."""
     from torch import nn
 
     head = model.get_output_embeddings()
-    kinds: dict[str, list[nn.Linear]] = {"attn": [], "mlp": [], "unembed": [], "other": []}
-    first: dict[str, nn.Linear] = {}
+    kinds: dict[str, dict[str, nn.Linear]] = {"attn": {}, "mlp": {}, "unembed": {}, "other": {}}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             kind = "attn" if ".self_attn." in name else "mlp" if ".mlp." in name else "other"
-            kinds["unembed" if module is head else kind].append(module)
+            kinds["unembed" if module is head else kind][name] = module
+    return kinds
+
+
+def read_shape(model: PreTrainedModel, lora: LoraConfig) -> Shape:
+    """ValueError for a model whose layers are not Llama-like."""
+    kinds = {kind: list(found.values()) for kind, found in linears(model).items()}
+    first: dict[str, nn.Linear] = {}
+    for found in linears(model).values():
+        for name, module in found.items():
             first.setdefault(name.rsplit(".", 1)[-1], module)
     if missing := {"q_proj", "k_proj", "v_proj", "down_proj"} - first.keys():
         raise ValueError(f"{type(model).__name__} lacks {sorted(missing)}, it is not a Llama-like decoder")

@@ -70,6 +70,8 @@ def check_adam(adam: AdamParams) -> None:
 
 def check_rank(rank: int, geometry: Geometry) -> None:
     """A rank above the full one of every matrix trains nothing more; up to MAX_RANK it is taken on small models too."""
+    if rank < 1:
+        raise ValueError(f"rank is {rank}, expected at least 1")
     matrices = [(rows.site.d_in, matrix.d_out) for rows in geometry.sites.values() for matrix in rows.site.matrices]
     full = max(min(sides) for sides in matrices)
     if rank > max(full, MAX_RANK):

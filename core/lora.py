@@ -114,8 +114,6 @@ class Adapter:
     """One tenant's adapter: parameters, accumulated gradient and AdamW moments, each fp32 [num_rows, rank]."""
 
     def __init__(self, config: LoraConfig, geometry: Geometry, device: torch.device) -> None:
-        if config.rank < 1:
-            raise ValueError(f"rank is {config.rank}, expected at least 1")
         self.config, self.geometry = config, geometry
         self.params = fresh_params(config, geometry).to(device)
         self._grad = torch.empty_like(self.params)

@@ -131,6 +131,7 @@ def test_what_the_engine_would_refuse_is_refused(tmp_path):
         return str(raised.value)
 
     assert error(lora=LoraConfig(rank=0)) == "rank is 0, expected at least 1"
+    assert error(lora=LoraConfig(rank=100_000)).startswith("rank is 100000, expected at most 512")
     assert error(lora=LoraConfig(4, False, False, False)).endswith("are all false: nothing to train")
     shutil.copytree(tiny_model_dir(), tmp_path / "model")
     file = tmp_path / "model" / "config.json"

@@ -11,9 +11,10 @@ from cookbook import records
 from cookbook.config import SamplesConfig
 from cookbook.environments import problem_stream
 from cookbook.errors import UsageError
+from cookbook.limits import Limits
 from cookbook.rollout_log import new_failures, write_rollouts
 from cookbook.rollout_metrics import eval_metrics
-from cookbook.rollouts import Limits, Rollouts
+from cookbook.rollouts import Rollouts
 from cookbook.run import Run
 from core import Datum, ModelInput, SamplingParams
 

@@ -16,12 +16,13 @@ from cookbook.compose import compose, load_recipe, recompose
 from cookbook.errors import UsageError
 from cookbook.estimates import Item, of_two_samples
 from cookbook.keys import did_you_mean
+from cookbook.limits import Limits
 from cookbook.overrides import key_of, spelt_out
 from cookbook.past_policy import Found, PastPolicy
 from cookbook.preferences import AnyUnit
 from cookbook.rollout_log import row as attempt_row
 from cookbook.rollout_metrics import env_metrics, pass_metrics
-from cookbook.rollouts import Limits, Rollouts
+from cookbook.rollouts import Rollouts
 from core import Datum, SamplingParams
 
 if TYPE_CHECKING:

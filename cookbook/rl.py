@@ -15,12 +15,13 @@ from cookbook.config import EngineConfig, LoraConfig, ModelConfig, OptimConfig
 from cookbook.environments import Task, problems_of
 from cookbook.errors import UsageError
 from cookbook.keys import did_you_mean
+from cookbook.limits import Limits, check_limits
 from cookbook.memory import peak_memory_gb
 from cookbook.origin import settle
 from cookbook.renderers import load_renderer
 from cookbook.rollout_log import most_telling, new_failures, side_by_side, table_rows, write_rollouts
 from cookbook.rollout_metrics import eval_metrics, kind_of, step_metrics
-from cookbook.rollouts import Group, Limits, Rollouts, check_limits
+from cookbook.rollouts import Group, Rollouts
 from cookbook.run import Run, RunConfig
 from cookbook.schedule import peak_learning_rate
 from cookbook.service import check_vocabulary, connect, new_trainer, opened, resumed

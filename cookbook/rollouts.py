@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 from cookbook import event_loop
 from cookbook.env_drive import seats, settled
-from cookbook.errors import UsageError
-from cookbook.keys import did_you_mean
+from cookbook.limits import Limits, check_limits
 from cookbook.tool_calls import Calls, answer, read_reply
 from cookbook.tool_prompt import told_of_tools
 from cookbook.trajectories import Ended, Trajectory, Transition
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Seed: TypeAlias = tuple[int | str, ...]  # what the sampling of a run, a step, a problem ... is derived from
 
-ON_ERROR = ("drop", "zero")
 QUIET_SECONDS = 0.1  # no reset has ended for so long: the others are slow, or wait for another seat's move
 CLOSE_SECONDS = 10.0
 SETTLING_TURNS = 4  # of the event loop, in which an attempt that is ready comes to its request
@@ -49,28 +47,6 @@ class Sampler(Protocol):
     ) -> Future[SampleResponse]: ...
 
     def together(self) -> contextlib.AbstractContextManager[None]: ...
-
-
-@dataclass
-class Limits:
-    """Where a rollout ends that its env does not end; it keeps the rewards that it has by then."""
-
-    turns: int = 16  # replies
-    tokens: int | None = None  # sampled, all replies together; null: as many as the context holds
-    context: int | None = None  # tokens, a prompt and its reply together; null: the model's
-    tool_calls: int = 32
-    seconds: float = 300.0  # of the env and its tools; sampling takes the time it takes
-    on_error: str = "drop"  # drop | zero (reward): what becomes of a rollout whose env fails, or hangs in reset or step
-
-
-def check_limits(limits: Limits) -> None:
-    """UsageError for those that no rollout could keep."""
-    if limits.on_error not in ON_ERROR:
-        meant = did_you_mean(limits.on_error, ON_ERROR)
-        raise UsageError(f"limits.on_error={limits.on_error}: expected {' or '.join(ON_ERROR)}{meant}")
-    for key, least in (("turns", 1), ("tokens", 1), ("context", 1), ("tool_calls", 0), ("seconds", 0.001)):
-        if (value := getattr(limits, key)) is not None and not value >= least:
-            raise UsageError(f"limits.{key}={value}: expected at least {least}")
 
 
 @dataclass
@@ -98,7 +74,10 @@ class OutOfTime(Exception):
 
 
 class EnvTimeout(Exception):
-    """It has done so in `reset` or `step`: what it owed the policy never came."""
+    """What it owed the policy, in `reset`, `step` or `group_rewards`, never came."""
+
+    def __init__(self, method: Callable[..., Any], seconds: float) -> None:
+        super().__init__(f"{method.__name__} did not end within limits.seconds={seconds:g}")
 
 
 class Attempt:
@@ -236,18 +215,13 @@ class Attempt:
         try:
             return await self._in_env(settled(method, *arguments))
         except OutOfTime:
-            raise EnvTimeout(f"{method.__name__} did not end within limits.seconds={self._limits.seconds:g}") from None
+            raise EnvTimeout(method, self._limits.seconds) from None
 
     async def _in_env(self, work: Awaitable[T]) -> T:
         """What comes of `work`, whose time counts against the env's; waiting for the sampler does not."""
-        started, timer = time.monotonic(), asyncio.timeout(self._seconds)
+        started = time.monotonic()
         try:
-            async with timer:
-                return await work
-        except TimeoutError:
-            if timer.expired():
-                raise OutOfTime from None
-            raise
+            return await _within(self._seconds, work)
         finally:
             self._seconds -= time.monotonic() - started
 
@@ -270,6 +244,18 @@ class Attempt:
     def _fail(self, error: BaseException) -> None:
         self._end("error")
         fail(self.trajectory, error)
+
+
+async def _within(seconds: float, work: Awaitable[T]) -> T:
+    """What comes of `work`; OutOfTime once so many seconds are over."""
+    timer = asyncio.timeout(seconds)
+    try:
+        async with timer:
+            return await work
+    except TimeoutError:
+        if timer.expired():
+            raise OutOfTime from None
+        raise
 
 
 def fail(trajectory: Trajectory, error: BaseException) -> None:
@@ -344,7 +330,8 @@ class Rollouts:
                 attempts.append(attempt)
                 group.trajectories.append(attempt.trajectory)
         await play_all(attempts, client)
-        await asyncio.gather(*map(_add_group_rewards, problems, groups))
+        owed = (_add_group_rewards(*pair, self.limits.seconds) for pair in zip(problems, groups, strict=True))
+        await asyncio.gather(*owed)
         if self.limits.on_error == "drop":
             for group in groups:
                 group.dropped = [trajectory for trajectory in group.trajectories if trajectory.error]
@@ -387,14 +374,15 @@ async def play_all(attempts: Sequence[Attempt], client: Sampler) -> None:
         await asyncio.gather(*(attempt.close() for attempt in attempts))
 
 
-async def _add_group_rewards(problem: Problem, group: Group) -> None:
+async def _add_group_rewards(problem: Problem, group: Group, seconds: float) -> None:
     if type(problem).group_rewards is Problem.group_rewards:
         return
     try:
-        rewards = await settled(problem.group_rewards, group.trajectories)
+        rewards = await _within(seconds, settled(problem.group_rewards, group.trajectories))
         for trajectory, reward in zip(group.trajectories, rewards or [0.0] * len(group.trajectories), strict=True):
             if not trajectory.error:
                 trajectory.reward += _finite(reward)
     except (Exception, SystemExit) as error:
+        hung = isinstance(error, OutOfTime)
         for trajectory in group.trajectories:
-            fail(trajectory, error)
+            fail(trajectory, EnvTimeout(problem.group_rewards, seconds) if hung else error)

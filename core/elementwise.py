@@ -105,7 +105,7 @@ def swiglu_backward(gate_up: torch.Tensor, da: torch.Tensor) -> tuple[torch.Tens
 
 def rotate_heads(y: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: Heads, norms: HeadNorms | None) -> torch.Tensor:
     """y [T, q + 2 kv heads, size] -> (normed and) rotated q and k, v as it is. cos and sin [T, 1, size / 2]."""
-    if (fast := kernels(y.device)) is not None and (norms is None or y.is_cuda):
+    if (fast := kernels(y.device)) is not None:
         return fast.rotated(y, cos, sin, heads, *_split(norms))
     turned, out = heads.q + heads.kv, torch.empty_like(y)
     out[:, turned:] = y[:, turned:]
@@ -122,7 +122,7 @@ def rotate_heads_backward(
     d_out: torch.Tensor, raw: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, heads: Heads, norms: HeadNorms | None
 ) -> torch.Tensor:
     """d y; `raw` is y, needed where heads are normed."""
-    if (fast := kernels(d_out.device)) is not None and (norms is None or d_out.is_cuda):
+    if (fast := kernels(d_out.device)) is not None:
         return fast.rotated(raw, cos, sin, heads, *_split(norms), d_out=d_out)
     turned, dy = heads.q + heads.kv, torch.empty_like(d_out)
     dy[:, turned:] = d_out[:, turned:]

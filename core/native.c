@@ -112,24 +112,69 @@ void swiglu_with_gradient(const T *restrict gate_up, const T *restrict da, T *re
   }
 }
 
-/* rotary embedding of the first `turned` of `heads` heads of each row, the others as they are; sign -1 turns back */
-void rotated(const T *restrict y, const T *restrict cosine, const T *restrict sine, float sign, T *restrict out, long rows,
-             long turned, long heads, long size) {
+/* rotary embedding of one head, to be read from `in` and written elsewhere; sign -1 turns back */
+#define TURN(in, to, c, s, sign, half) \
+  for (long i = 0; i < (half); i++) { \
+    float first = load((in)[i]), second = load((in)[i + (half)]), of_cos = load((c)[i]), of_sin = (sign) * load((s)[i]); \
+    (to)[i] = store(first * of_cos - second * of_sin); \
+    (to)[i + (half)] = store(second * of_cos + first * of_sin); \
+  }
+
+static inline float inverse_rms(const T *restrict head, long size, float eps) {
+  float sum = 0.0f;
+  for (long i = 0; i < size; i++) sum += load(head[i]) * load(head[i]);
+  return 1.0f / __builtin_sqrtf(sum / (float)size + eps);
+}
+
+/* of each row the q, then kv heads: normed if there are weights, then turned; the others as they are */
+void rotated(const T *restrict y, const T *restrict cosine, const T *restrict sine, const float *restrict q_weight,
+             const float *restrict k_weight, float q_eps, float k_eps, T *restrict out, long rows, long q, long kv, long size) {
+  long heads = q + 2 * kv, half = size / 2;
   #pragma omp parallel for schedule(static) if (rows * heads * size > SMALL)
   for (long t = 0; t < rows; t++) {
-    long half = size / 2, h = 0;
     const T *c = cosine + t * half, *s = sine + t * half;
-    for (; h < turned; h++) {
+    T normed[size];
+    for (long h = 0; h < q + kv; h++) {
       const T *in = y + (t * heads + h) * size;
       T *to = out + (t * heads + h) * size;
-      for (long i = 0; i < half; i++) {
-        float first = load(in[i]), second = load(in[i + half]);
-        float cos_i = load(c[i]), sin_i = sign * load(s[i]);
-        to[i] = store(first * cos_i - second * sin_i);
-        to[i + half] = store(second * cos_i + first * sin_i);
+      if (q_weight) {
+        const float *weight = h < q ? q_weight : k_weight;
+        float scale = inverse_rms(in, size, h < q ? q_eps : k_eps);
+        for (long i = 0; i < size; i++) normed[i] = store(load(in[i]) * scale * weight[i]);
+        TURN(normed, to, c, s, 1.0f, half)
+      } else {
+        TURN(in, to, c, s, 1.0f, half)
       }
     }
-    for (long i = (t * heads + h) * size; i < (t + 1) * heads * size; i++) out[i] = y[i];
+    for (long i = (t * heads + q + kv) * size; i < (t + 1) * heads * size; i++) out[i] = y[i];
+  }
+}
+
+/* dy of the above; y is read where there are weights */
+void rotated_backward(const T *restrict d_out, const T *restrict y, const T *restrict cosine, const T *restrict sine,
+                      const float *restrict q_weight, const float *restrict k_weight, float q_eps, float k_eps,
+                      T *restrict dy, long rows, long q, long kv, long size) {
+  long heads = q + 2 * kv, half = size / 2;
+  #pragma omp parallel for schedule(static) if (rows * heads * size > SMALL)
+  for (long t = 0; t < rows; t++) {
+    const T *c = cosine + t * half, *s = sine + t * half;
+    T turned[size];
+    for (long h = 0; h < q + kv; h++) {
+      const T *in = d_out + (t * heads + h) * size;
+      T *to = dy + (t * heads + h) * size;
+      if (q_weight) {
+        const T *x = y + (t * heads + h) * size;
+        const float *weight = h < q ? q_weight : k_weight;
+        float scale = inverse_rms(x, size, h < q ? q_eps : k_eps), along = 0.0f;
+        TURN(in, turned, c, s, -1.0f, half)
+        for (long i = 0; i < size; i++) along += load(turned[i]) * weight[i] * load(x[i]);
+        along *= scale * scale * scale / (float)size;
+        for (long i = 0; i < size; i++) to[i] = store(load(turned[i]) * weight[i] * scale - load(x[i]) * along);
+      } else {
+        TURN(in, to, c, s, -1.0f, half)
+      }
+    }
+    for (long i = (t * heads + q + kv) * size; i < (t + 1) * heads * size; i++) dy[i] = d_out[i];
   }
 }
 

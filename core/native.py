@@ -138,15 +138,19 @@ def swiglu_with_gradient(gate_up: torch.Tensor, da: torch.Tensor) -> tuple[torch
 
 def rotated(
     y: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, heads: Heads,
-    weights: None = None, eps: tuple[float, float] = (0.0, 0.0), d_out: torch.Tensor | None = None,
+    weights: tuple[torch.Tensor, torch.Tensor] | None = None, eps: tuple[float, float] = (0.0, 0.0),
+    d_out: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """y [T, heads.total, size] with q and k heads turned, or d_out turned back; cos and sin [T, 1, size / 2]. No head norms."""
+    """y [T, heads.total, size] with q and k heads normed, if there are weights, and turned by cos and sin [T, 1, size / 2].
+    Given d_out of that shape: its gradient (y is read if heads are normed)."""
     given = y if d_out is None else d_out
-    assert given is not None and weights is None
+    assert given is not None and (weights is None or y is not None)
     given, out = given.contiguous(), torch.empty(given.shape, dtype=given.dtype)
-    sign = 1.0 if d_out is None else -1.0
-    _call("rotated", given.dtype, given, cos.contiguous(), sin.contiguous(), sign, out,
-          len(given), heads.q + heads.kv, heads.total, heads.size)  # fmt: skip
+    how = (cos.contiguous(), sin.contiguous(), *(weights or (None, None)), *eps, out, len(out), heads.q, heads.kv, heads.size)
+    if d_out is None:
+        _call("rotated", out.dtype, given, *how)
+    else:
+        _call("rotated_backward", out.dtype, given, None if weights is None or y is None else y.contiguous(), *how)
     return out
 
 

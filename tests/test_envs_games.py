@@ -10,7 +10,8 @@ import pytest
 
 from cookbook.environments import problem_stream
 from cookbook.errors import UsageError
-from cookbook.rollouts import Limits, Rollouts
+from cookbook.limits import Limits
+from cookbook.rollouts import Rollouts
 from core import SamplingParams
 from envs import own_class, text_games, tictactoe
 from envs.env import Env

@@ -92,6 +92,24 @@ def test_turned_heads_turn_back(dtype: torch.dtype) -> None:
     assert_rounded(back, y.float(), atol=8 * DTYPES[dtype])
 
 
+def test_normed_and_turned_heads_and_their_gradient(dtype: torch.dtype) -> None:
+    heads, norms = Heads(q=4, kv=2, size=10), (Norm(0.5 + torch.rand(10), 1e-5), Norm(0.5 + torch.rand(10), 1e-3))
+    y, d_out = (random(ROWS, heads.total, heads.size, dtype=dtype, size=size).clone() for size in (2.0, 1.0))
+    angle = random(ROWS, 1, heads.size // 2)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    leaf = y.float().requires_grad_()
+    parts = zip(leaf.split([4, 2, 2], dim=1)[:2], norms, strict=True)
+    first, second = torch.cat([F.rms_norm(part, (10,), norm.weight, norm.eps) for part, norm in parts], dim=1).chunk(2, dim=-1)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    expected = torch.cat([turned, leaf[:, 6:]], dim=1)
+    expected.backward(d_out.float())
+    assert leaf.grad is not None
+    given = (cos, sin, heads, (norms[0].weight, norms[1].weight), (norms[0].eps, norms[1].eps))
+    twice = 4 * DTYPES[dtype]  # what is normed is rounded before it is turned
+    assert_rounded(native.rotated(y, *given), expected.detach(), atol=twice)
+    assert_rounded(native.rotated(y, *given, d_out=d_out), leaf.grad, atol=twice)
+
+
 @pytest.mark.parametrize(("queries", "keys", "left"), [(7, 7, (0, 0)), (5, 24, (3, 17)), (33, 48, (0, 9))])
 def test_causal_softmax(queries: int, keys: int, left: tuple[int, int], dtype: torch.dtype) -> None:
     scores, group = random(2, 3 * queries, keys, dtype=dtype, size=5.0), 3

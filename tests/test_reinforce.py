@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from cookbook.cli import main
 from cookbook.errors import UsageError
+from cookbook.limits import Limits
 from cookbook.rl import EvalConfig, check_config, policy_metrics
-from cookbook.rollouts import Limits
 from cookbook.trajectories import Trajectory, Transition, data_of
 from core import Datum, ForwardBackwardOutput, ModelInput
 from recipes.rl import grpo

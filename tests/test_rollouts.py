@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from cookbook.errors import UsageError
+from cookbook.limits import Limits
 from cookbook.rollout_metrics import env_metrics, eval_metrics, kind_of, pass_at, step_metrics
-from cookbook.rollouts import Group, Limits, Rollouts, rollout, seed_of
+from cookbook.rollouts import Group, Rollouts, rollout, seed_of
 from cookbook.trajectories import Trajectory
 from core import SamplingParams
 from envs.env import Attempts, Env, Message, Problem, StepResult
@@ -185,9 +186,7 @@ def test_a_bad_call_is_counted_and_answered(call: str, kind: str, said: str) -> 
         ({"context": 40}, "context", "limits.context=40, the prompt has 46 tokens", 1),
     ],
 )
-def test_limits_end_an_attempt_with_the_rewards_it_has(
-    limits: dict[str, int], ended: str, met: str, num_turns: int
-) -> None:
+def test_limits_end_an_attempt_with_the_rewards_it_has(limits: dict[str, int], ended: str, met: str, num_turns: int) -> None:
     trajectory = play(CountDown(), sampler("four"), **limits)
     assert trajectory.limit == met and trajectory.failure is None
     assert trajectory.ended == ended and trajectory.error is None
@@ -440,6 +439,21 @@ def test_bad_rewards_of_a_group_fail_that_group(rewards: object) -> None:
     bad, good = run([Ranked(rewards), Ranked([1.0, 2.0])], sampler("x"))
     assert not bad.trajectories and len(bad.dropped) == 2
     assert [t.reward for t in good.trajectories] == [2.0, 3.0]
+
+
+class Slow(Ranked):
+    def group_rewards(self, trajectories) -> list[float] | None:
+        assert isinstance(self.rewards, threading.Event)
+        self.rewards.wait(20)
+
+
+def test_rewards_of_a_group_that_never_come_fail_that_group() -> None:
+    release, started = threading.Event(), time.monotonic()
+    bad, good = run([Slow(release), Ranked([1.0, 2.0])], sampler("x"), seconds=0.3)
+    assert time.monotonic() - started < 5
+    release.set()
+    assert {t.error for t in bad.dropped} == {"EnvTimeout: group_rewards did not end within limits.seconds=0.3"}
+    assert len(bad.dropped) == 2 and [t.reward for t in good.trajectories] == [2.0, 3.0]
 
 
 def test_many_envs_at_once_are_no_burden() -> None:

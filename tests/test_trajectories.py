@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cookbook.rollouts import Limits, rollout
+from cookbook.limits import Limits
+from cookbook.rollouts import rollout
 from cookbook.trajectories import Trajectory, Transition, data_of, extension_rate
 from core import Datum, ModelInput, SamplingParams, TrainingClient
 from envs.env import Env, Message, StepResult

@@ -23,9 +23,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cookbook.config import EngineConfig, JudgeConfig, LogConfig, LoraConfig, ModelConfig, OptimConfig, PromptsConfig
+from cookbook.limits import Limits
 from cookbook.rl import EvalConfig, Session, eval_name, policy_metrics
 from cookbook.rollout_metrics import kind_of
-from cookbook.rollouts import Limits
 from cookbook.run import Run
 from cookbook.schedule import adam_at
 from cookbook.trajectories import data_of

@@ -127,7 +127,8 @@ class Session(Generic[AnyUnit]):
         self._next = self._begin(self.done) if self.done < self.num_steps else None
 
     def _eval_samples(self, renderer: Renderer) -> EvalSamples:
-        wanted = [unit.sequences[0].datum() for unit in self.data.held_out[: 8 * self.config.eval.prompts]]
+        units = [unit for unit in self.data.held_out if _wanted(unit)][: 8 * self.config.eval.prompts]
+        wanted = [unit.sequences[0].datum() for unit in units]
         return EvalSamples(self.run, self.config.eval, renderer, self.trainer, wanted, self.config.seed)
 
     @property
@@ -232,6 +233,8 @@ class Session(Generic[AnyUnit]):
             uri = self.trainer.save_state(f"{self.done:06d}", overwrite=True).result().path
             run.checkpoint(self.done, uri, loop={"tokens": self._num_tokens})
             self._last_save = time.monotonic()
+        if eval_due or save_due:  # not the next step's time
+            self._last_end = time.monotonic()
 
     def _grad_norm(self, step: int, update: Future[OptimStepOutput]) -> float:
         try:
@@ -255,13 +258,13 @@ class Session(Generic[AnyUnit]):
         figures = self._figures(parts, policy)
         if "accuracy" in figures:
             for kind in sorted({unit.kind for part in parts for unit in part.units} - {""}):
-                figures[f"accuracy/{kind}"] = self._accuracy_of(kind, parts, policy)
+                figures |= self._accuracy_of(kind, parts, policy)
         return {**{f"held_out/{name}": value for name, value in figures.items()}, **samples}
 
     def _write(self, part: Part[AnyUnit], output: ForwardBackwardOutput) -> None:
         """A few held-out replies token by token, for the report."""
         about = [
-            {"pair": i, "side": "rejected" if j or not getattr(unit, "desirable", True) else "chosen", "kind": unit.kind}
+            {"pair": i, "side": "chosen" if j == 0 and _wanted(unit) else "rejected", "kind": unit.kind}
             for i, unit in enumerate(part.units) for j in range(len(unit.sequences))
         ]  # fmt: skip
         write_data(self.run.dir, self.done, "held_out", part.data, output, self._texts_of, about)
@@ -277,18 +280,26 @@ class Session(Generic[AnyUnit]):
             figures |= _shifts(parts, policy)
         return figures
 
-    def _accuracy_of(self, kind: str, parts: Sequence[Part[AnyUnit]], policy: Sequence[Tensor]) -> float:
-        """Over the units of one kind."""
+    def _accuracy_of(self, kind: str, parts: Sequence[Part[AnyUnit]], policy: Sequence[Tensor]) -> dict[str, float]:
+        """Over the units of one kind. Single replies: where only mistakes have kinds, against all wanted ones."""
+        has_wanted = any(unit.kind == kind and _wanted(unit) for part in parts for unit in part.units)
         chosen = []
         for part, sums in zip(parts, policy, strict=True):
             width = len(part.units[0].sequences)
-            keep = [i for i, unit in enumerate(part.units) if unit.kind == kind]
+            keep = [i for i, u in enumerate(part.units) if u.kind == kind or (not has_wanted and _wanted(u))]
             places = [i * width + j for i in keep for j in range(width)]
             if keep:
                 reference = None if part.reference is None else part.reference[places]
                 taken = Part([part.units[i] for i in keep], [part.data[i] for i in places], reference)
                 chosen.append(self.score(taken, sums[places]))
-        return accuracy(_together(chosen))
+        scored = _together(chosen)
+        has_both = len(scored.chosen_reward) and len(scored.rejected_reward)
+        return {f"accuracy/{kind}": accuracy(scored)} if has_both else {}
+
+
+def _wanted(unit: Unit) -> bool:
+    """Whether its first reply is a wanted one: of a pair, and of the single replies the desirable."""
+    return getattr(unit, "desirable", True)
 
 
 @dataclass(frozen=True)

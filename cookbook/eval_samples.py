@@ -51,7 +51,7 @@ class EvalSamples:
             raise UsageError(f"eval.samples={config.samples} would all be the same at eval.temperature=0: set it to 1, say")
         context = trainer.get_info().max_length
         self.params = SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature, stop=renderer.stop)
-        self.rollouts = Rollouts(renderer, self.params, Limits(context=context))
+        self.rollouts = Rollouts(renderer, self.params, Limits(context=context, on_error="zero"))
         fitting = (asked for asked in map(asked_of, held_out) if asked and len(asked.prompt) + config.max_tokens <= context)
         self.asked = list(itertools.islice(fitting, config.prompts))
         self.problems: list[Problem] = []

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,7 @@ from cookbook.keys import did_you_mean
 from cookbook.overrides import key_of, spelt_out
 from cookbook.past_policy import PastPolicy, open_policy
 from cookbook.rl import limits_of
-from cookbook.rollout_log import new_failures
-from cookbook.rollout_log import row as attempt_row
+from cookbook.rollout_log import new_failures, plain
 from cookbook.rollouts import Group, Rollouts
 from core import SamplingParams
 
@@ -198,19 +198,13 @@ def _task(policy: PastPolicy, words: list[str]) -> Any:
 
 def _problems(own: Config, config: Any, console: Console) -> Iterator[Problem]:
     from cookbook.environments import problem_stream
-    from cookbook.prompts import check_columns, problem, read_prompts
-    from cookbook.rewards import load_rewards
-    from cookbook.row_report import RowReport
+    from cookbook.prompts import every_prompt
 
     if config.env:
         return itertools.islice(problem_stream(config.env, own.split, config.seed), own.problems)
-    report = RowReport()
-    parts = load_rewards(config.reward, config.rewards, config.judge) if config.reward or config.rewards else []
-    prompts = read_prompts(config.data, report)
-    check_columns(parts, prompts, report.name)
-    for line in report.lines():
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    return (problem(prompt, parts) for prompt in prompts)
+    scoring = {"reward": config.reward, "rewards": config.rewards, "judge": config.judge}
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    return iter(every_prompt(config.data, say, **scoring))
 
 
 def _rows(group: Group, own: Config, has_reward: bool) -> Iterator[records.Row]:
@@ -226,9 +220,11 @@ def _says_something(trajectory: Trajectory) -> bool:
 
 
 def _row(group: Group, trajectory: Trajectory, has_reward: bool) -> records.Row:
-    whole = attempt_row(group, trajectory)
+    """What the policy saw and said: trained on, it renders the same prompts."""
+    messages = [plain({key: value for key, value in message.items() if key != "tokens"}) for message in trajectory.rendered]
     return {
-        "messages": whole["messages"], **({"reward": trajectory.reward} if has_reward else {}),
+        "messages": messages, **({"tools": trajectory.tools} if trajectory.tools else {}),
+        **({"reward": trajectory.reward} if has_reward else {}),
         "problem": group.problem, "attempt": trajectory.attempt,
         **({"metrics": trajectory.metrics} if trajectory.metrics else {}), **({"tag": group.tag} if group.tag else {}),
     }  # fmt: skip

@@ -149,9 +149,9 @@ def _make_absolute(config: Any) -> None:
             setattr(section, field, {_absolute(name): weight for name, weight in entries.items()})
     if getattr(config, "reward", None):
         config.reward = _absolute(config.reward)
-    env = getattr(config, "env", None)
-    if isinstance(env, dict):
-        config.env = {k: _absolute(v) if k != "name" and isinstance(v, str) else v for k, v in env.items()}
+    for section in (config, getattr(config, "eval", None)):
+        if isinstance(env := getattr(section, "env", None), dict):
+            section.env = {k: _absolute(v) if k != "name" and isinstance(v, str) else v for k, v in env.items()}
 
 
 def _absolute(text: str) -> str:

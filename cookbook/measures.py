@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic
 
@@ -139,6 +139,8 @@ class EnvScore(Measure):
 
     def __call__(self, policy: PastPolicy) -> Measured:
         problems = list(itertools.islice(self.problems(), self.choice.problems))
+        if not problems:
+            raise UsageError(f"{self.name} has no problems to measure by")
         self.say(f"{policy.name}: {len(problems)} problems of {self.name}, {self.choice.samples} attempts each")
         limits = replace(self.limits, on_error="zero", context=min(self.limits.context or policy.context, policy.context))
         if (self.choice.max_tokens or 0) >= (limits.context or 0):
@@ -176,16 +178,18 @@ class InspectTask(Measure):
 
 def measures_of(found: Found, words: Sequence[str], choice: Choice, say: Callable[[str], None]) -> list[Measure]:
     """Those that the words choose; without words, what the run itself was evaluated on. Before any weights are read."""
+    say = cache(say)  # a second policy reads the same rows: nothing is told twice
     keys = {key_of(word).partition(".")[0] for word in spelt_out(list(words))}
     known = (*SCORED, *READ)
     if unknown := sorted(keys - {*known, "limits"}):
         meant = did_you_mean(unknown[0], known)
         raise UsageError(f"{unknown[0]}=...: cook eval takes {', '.join(known)} and options (--help){meant}")
     if keys & set(SCORED):
-        return [_scored(compose("rl", list(words)).config, choice, say)]
+        config = compose("rl", list(words)).config
+        return [_scored_prompts(config, choice, say) if "data" in keys and not config.env else _scored(config, choice, say)]
     if keys:
         config = compose("sft", list(words)).config
-        return [RowLoss(config.data.name, lambda one: _every_row(config, one))]
+        return [RowLoss(config.data.name, lambda one: _every_row(config, one, say))]
     if found.run is None:
         raise UsageError(f"{found.name} is no run with data of its own: say on what, env=arithmetic or data=rows.jsonl")
     return list(_of_run(found.run, choice, say))
@@ -240,14 +244,24 @@ def _scored(config: Any, choice: Choice, say: Callable[[str], None]) -> Measure:
     return EnvScore(eval_name(config), lambda: problems_of(config, "eval"), choice, config.limits, say)
 
 
+def _scored_prompts(config: Any, choice: Choice, say: Callable[[str], None]) -> Measure:
+    """All prompts of a file or a set that one names, held out or not."""
+    from cookbook.prompts import every_prompt
+
+    choice = replace(choice, max_tokens=choice.max_tokens or config.max_tokens)
+    scoring = {"reward": config.reward, "rewards": config.rewards, "judge": config.judge}
+    problems = cache(lambda: every_prompt(config.data, say, **scoring))
+    return EnvScore(Path(config.data.path or config.data.name).stem, lambda: iter(problems()), choice, config.limits, say)
+
+
 def _scored_env(env: dict[str, Any], choice: Choice, say: Callable[[str], None]) -> Measure:
     from cookbook.environments import problem_stream
 
     return EnvScore(str(env["name"]), lambda: problem_stream(env, "eval", choice.seed), choice, Limits(), say)
 
 
-def _every_row(config: Any, policy: PastPolicy) -> Sequence[Datum]:
-    """All usable rows of a file or a set that one names, held out or not."""
+def _every_row(config: Any, policy: PastPolicy, say: Callable[[str], None]) -> Sequence[Datum]:
+    """All usable rows of a file or a set that one names, held out or not; what is left out is told."""
     from cookbook.data import prepare
     from cookbook.row_report import RowReport
 
@@ -255,6 +269,9 @@ def _every_row(config: Any, policy: PastPolicy) -> Sequence[Datum]:
     report = RowReport(name)
     data = [sequence.datum() for row in read(report) for sequence in row]
     report.refuse_bad(config.data.max_bad)
+    if report.rejected or report.overlong:
+        for line in report.account():
+            say(line)
     return data
 
 

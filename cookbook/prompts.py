@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +56,19 @@ def prompt_stream(
             console.print(table)
     chosen = _in_order(train, seed) if split == "train" else iter(held_out)
     return (problem(prompt, parts) for prompt in itertools.islice(chosen, skip, None))
+
+
+def every_prompt(
+    data: PromptsConfig, say: Callable[[str], None], *, reward: str | None, rewards: Mapping[str, float], judge: JudgeConfig
+) -> list[Problem]:
+    """All usable prompts in their order, once each, scored if there are rewards; `say` gets a few lines on what was found."""
+    parts = load_rewards(reward, rewards, judge) if reward or rewards else []
+    report = RowReport()
+    prompts = read_prompts(data, report)
+    check_columns(parts, prompts, report.name)
+    for line in report.lines():
+        say(line)
+    return [problem(prompt, parts) for prompt in prompts]
 
 
 def problem(prompt: Prompt, rewards: list[Reward]) -> Problem:

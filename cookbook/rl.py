@@ -133,7 +133,8 @@ class Session:
         params = SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature, stop=renderer.stop)
         self._texts_of = renderer.texts_of
         self._rollouts = Rollouts(renderer, params, limits_of(config, info.base_model, info.max_length))
-        self._eval_rollouts = replace(self._rollouts, params=replace(params, temperature=config.eval.temperature))
+        limits = replace(self._rollouts.limits, on_error="zero")  # what fails is no success: none of it is left out
+        self._eval_rollouts = Rollouts(renderer, replace(params, temperature=config.eval.temperature), limits)
         self.sampler = self.trainer.save_weights_and_get_sampling_client().result()
         self._known_failures: set[str] = set()
         self._fruitless = 0  # steps in a row

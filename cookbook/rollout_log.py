@@ -68,7 +68,7 @@ def row(group: Group, trajectory: Trajectory, texts_of: TokenTexts | None = None
         "problem": group.problem, "attempt": trajectory.attempt, "tag": group.tag,
         "reward": trajectory.reward, "advantage": trajectory.advantage,
         "ended": trajectory.ended, "error": trajectory.error,
-        "metrics": trajectory.metrics, "messages": [_plain(message) for message in trajectory.messages], "turns": turns,
+        "metrics": trajectory.metrics, "messages": [plain(message) for message in trajectory.messages], "turns": turns,
     }  # fmt: skip
 
 
@@ -139,7 +139,7 @@ def _reward(trajectory: Trajectory) -> float:
     return trajectory.reward
 
 
-def _plain(message: Message) -> records.Row:
+def plain(message: Message) -> records.Row:
     """Only what JSON can hold; what an env put into a message may be anything."""
     return {str(key): value if _is_json(value) else str(value) for key, value in message.items()}
 

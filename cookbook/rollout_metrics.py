@@ -32,12 +32,12 @@ def step_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def eval_metrics(groups: Sequence[Group], name: str) -> dict[str, float]:
-    """<name>/reward, /correct, /pass@k ... and, where there are several tags, <name>/<tag>/reward ..."""
+    """<name>/reward, /correct, /pass@k ..., where there are several tags <name>/<tag>/reward ..., and <name>/errors/<type>."""
     metrics, parts = {}, _by_tag(groups)
     for tag, part in parts if len(parts) > 2 else parts[:1]:
         where = name if tag == "all" else f"{name}/{tag}"
         metrics |= {f"{where}/{key}": value for key, value in (env_metrics(part) | pass_metrics(part)).items()}
-    return metrics
+    return metrics | {f"{name}/errors/{kind}": float(count) for kind, count in _errors(groups).items()}
 
 
 def env_metrics(groups: Sequence[Group]) -> dict[str, float]:
@@ -57,10 +57,8 @@ def env_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 def end_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """How many rollouts an error (env/errors/<type>) or a limit (env/limits/<which>) ended."""
-    everything = [trajectory for group in groups for trajectory in (*group.trajectories, *group.dropped)]
-    errors = Counter(t.error_type for t in everything if t.error)
-    limits = Counter(t.ended for t in everything if t.ended not in ("done", "error"))
-    counts = {f"env/errors/{kind}": float(count) for kind, count in errors.items()}
+    limits = Counter(t.ended for t in _tried(groups) if t.ended not in ("done", "error"))
+    counts = {f"env/errors/{kind}": float(count) for kind, count in _errors(groups).items()}
     return counts | {f"env/limits/{limit}": float(count) for limit, count in limits.items()}
 
 
@@ -92,6 +90,14 @@ def kind_of(group: Group) -> Literal["mixed", "all_good", "all_bad", "empty"]:
 def _by_tag(groups: Sequence[Group]) -> list[tuple[str, list[Group]]]:
     tags = sorted({group.tag for group in groups if group.tag})
     return [("all", list(groups)), *((tag, [group for group in groups if group.tag == tag]) for tag in tags)]
+
+
+def _errors(groups: Sequence[Group]) -> Counter[str]:
+    return Counter(kind for t in _tried(groups) if (kind := t.error_type))
+
+
+def _tried(groups: Sequence[Group]) -> list[Trajectory]:
+    return [trajectory for group in groups for trajectory in (*group.trajectories, *group.dropped)]
 
 
 def _trajectories(groups: Sequence[Group]) -> list[Trajectory]:

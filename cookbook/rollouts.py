@@ -89,8 +89,6 @@ class Attempt:
         self.trajectory = Trajectory(number)
         self._env, self._client, self._renderer = env, client, renderer
         self._params, self._limits, self._seed = params, limits, seed
-        self._conversation: list[Message] = []  # replies carry their tokens, which the renderer splices
-        self._schemas: list[dict[str, Any]] | None = None
         self._calls_as_text = False
         self._observation: ModelInput | None = None  # the next prompt; None: this attempt has ended
         self._num_calls = 0
@@ -102,8 +100,8 @@ class Attempt:
         async with self._contained():
             messages = await self._owed(self._env.reset)
             if self._env.tools:
-                messages, self._schemas = told_of_tools(messages, self._env.tools, self._renderer)
-                self._calls_as_text = self._schemas is None
+                messages, self.trajectory.tools = told_of_tools(messages, self._env.tools, self._renderer)
+                self._calls_as_text = self.trajectory.tools is None
                 self._count("tool_calls", 0)
                 self._count("tool_errors", 0)
             self._say(messages)
@@ -161,7 +159,7 @@ class Attempt:
         transition = Transition(observation, list(sampled.tokens), list(sampled.logprobs), reply.ended)
         self.trajectory.transitions.append(transition)
         self.trajectory.messages.append(reply.message)
-        self._conversation.append(reply.in_conversation(sampled.tokens, self._calls_as_text))
+        self.trajectory.rendered.append(reply.in_conversation(sampled.tokens, self._calls_as_text))
         return reply.message, reply.calls
 
     def _earn(self, result: StepResult) -> None:
@@ -194,11 +192,11 @@ class Attempt:
         return message
 
     def _render(self) -> ModelInput:
-        return self._renderer.build_generation_prompt(self._conversation, self._schemas)
+        return self._renderer.build_generation_prompt(self.trajectory.rendered, self.trajectory.tools)
 
     def _say(self, messages: Sequence[Message]) -> None:
         self.trajectory.messages += messages
-        self._conversation += messages
+        self.trajectory.rendered += messages
 
     def _count(self, name: str, by: int = 1) -> None:
         self.trajectory.metrics[name] = self.trajectory.metrics.get(name, 0.0) + by

@@ -138,7 +138,6 @@ class Run:
             number = re.search(r"\d+", file.name)  # rollouts/<step>.jsonl
             if number and (found is None or int(number[0]) > self.step):
                 file.unlink()
-        (self.dir / "result.json").unlink(missing_ok=True)  # it spoke of an earlier end
         self.evals = {}
         self._read_evals(rows)
         if found:
@@ -164,6 +163,7 @@ class Run:
         if total_steps < self.step:
             raise UsageError(f"{total_steps} steps in all, but {self.step} are done: give more, or a new run (cook rerun)")
         self._total = total_steps
+        (self.dir / "result.json").unlink(missing_ok=True)  # it spoke of an earlier end
         self._progress.begin(total_steps, self.step)
 
     @property
@@ -282,9 +282,7 @@ class Run:
         self._interrupts.install()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         failed = error is not None and not isinstance(error, KeyboardInterrupt)
         diverged = error if isinstance(error, FloatingPointError) else None
         error = self._of_diverged(diverged) if diverged else error
@@ -319,13 +317,15 @@ class Run:
         return UsageError(f"{error}. {advice}")
 
     def _fail(self, error: BaseException) -> None:
-        text = " ".join(str(error).split())
-        if not isinstance(error, UsageError):
+        is_mistake, text = isinstance(error, UsageError), " ".join(str(error).split())
+        if is_mistake and self._total is None and (self.dir / "result.json").exists():
+            return  # a refused resume: the run ended as it had ended before
+        if not is_mistake:
             text = f"{type(error).__name__}: {text}"
             self._progress.write_log("".join(traceback.format_exception(error)))
         with contextlib.suppress(OSError):  # a full disk may be what brought us here
             result = self._write_result("failed", error=text)
-            if self.step or not isinstance(error, UsageError):  # a mistake seen before step 1 is the CLI's one line
+            if self.step or not is_mistake:  # one seen before step 1 is the CLI's one line
                 self._close_display(result)
 
     def _write_result(

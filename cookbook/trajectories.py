@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from core import Datum, ModelInput
 from envs.env import Message
@@ -31,6 +31,8 @@ class Trajectory:
     attempt: int = 0  # its place among the envs of its problem
     transitions: list[Transition] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)  # the whole conversation; replies carry no tokens here
+    rendered: list[Message] = field(default_factory=list)  # the same as its prompts have it; replies carry their tokens
+    tools: list[dict[str, Any]] | None = None  # schemas that its prompts tell of; None: none, or the messages do
     reward: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
     ended: Ended = "done"

@@ -126,7 +126,7 @@ def read_state(directory: Path) -> dict:
         if state["format"] != FORMAT:
             raise ValueError(f"{directory} has checkpoint format {state['format']}, this version reads {FORMAT}")
         state["lora"] = LoraConfig(**state["lora"])
-        return state
+        return {**state, "step": int(state["step"]), "base_fingerprint": str(state["base_fingerprint"])}
     except (OSError, *BAD_JSON) as error:
         raise DamagedCheckpoint(f"checkpoint {directory} is damaged: state.json: {error!r}") from error
 

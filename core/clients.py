@@ -26,6 +26,7 @@ from core.sampling_client import SamplingClient
 T = TypeVar("T")
 
 _engines: dict[tuple, tuple[Engine, int]] = {}  # (base model, options, dtype, device) -> engine and its number of clients
+_loads: dict[tuple, threading.Event] = {}  # bases being loaded; set when they are there, or could not be
 _engines_lock = threading.RLock()  # re-entered when a collected client's finalizer runs in a thread that holds it
 
 
@@ -41,21 +42,37 @@ def _stop_engines() -> None:
 
 def _acquire(base_model: str, options: EngineOptions) -> tuple[tuple, Engine]:
     key = (base_model, replace(options, dtype="", device=""), *options.resolve())  # auto and what it comes to are one
-    with _engines_lock:  # held while loading: a second client of the same base waits for the first one's engine
-        engine, count = _engines.get(key) or (Engine(base_model, options), 0)
-        _engines[key] = (engine, count + 1)
+    while True:
+        with _engines_lock:  # not held while loading, which others need not wait for
+            if (found := _engines.get(key)) and found[0].alive:
+                _engines[key] = (found[0], found[1] + 1)
+                return key, found[0]
+            if (loading := _loads.get(key)) is None:
+                loaded = _loads[key] = threading.Event()
+                break
+        loading.wait()
+    try:
+        engine = Engine(base_model, options)
+        with _engines_lock:
+            _engines[key] = (engine, 1)
+    finally:
+        with _engines_lock:
+            del _loads[key]
+        loaded.set()
     return key, engine
 
 
 def _release(key: tuple, engine: Engine, tenant: Tenant, adapter: Adapter | None) -> None:
     engine.leave(tenant, adapter)
     with _engines_lock:
-        _, count = _engines[key]
-        if count == 1:
-            del _engines[key]
-            engine.stop()
-        else:
+        found, count = _engines[key]
+        if found is not engine:  # one that had ended, and another has its place
+            return
+        if count > 1:
             _engines[key] = (engine, count - 1)
+            return
+        del _engines[key]
+    engine.stop()
 
 
 class ServiceClient:
@@ -248,10 +265,16 @@ class TrainingClient:
 
     def save_weights_and_get_sampling_client(self) -> Future[SamplingClient]:
         """A client that samples from the weights as they are after the verbs submitted so far. Nothing is copied."""
+        if self.tenant.left:
+            raise RuntimeError("this client is closed")
         key, engine = _acquire(self.engine.base_model, self.options)  # here: the engine's thread must not wait for a load
         tenant = engine.join()
         release = partial(_release, key, engine, tenant, None)
-        return self._call(lambda: SamplingClient(engine, self.adapter.snapshot(), tenant, release))
+        try:
+            return self._call(lambda: SamplingClient(engine, self.adapter.snapshot(), tenant, release))
+        except BaseException:
+            release()
+            raise
 
     def load_state(self, path: str | Path, with_optimizer: bool = False) -> Future[None]:
         """Replace this adapter's weights by a checkpoint of the same geometry; moments are its own or, if not asked, fresh."""

@@ -14,6 +14,7 @@ from core.lora import Geometry
 from core.losses import LOSSES
 
 MAX_RANK = 512
+LARGEST = torch.finfo(torch.float32).max  # a whole number may be above it, and above all floats
 
 
 @dataclass
@@ -36,7 +37,7 @@ def check_config(loss_fn: str, loss_fn_config: Mapping[str, float] | None) -> di
     for key, value in given.items():
         if key not in defaults:
             raise ValueError(f"loss_fn_config of {loss_fn} has no key '{key}', it knows {sorted(defaults) or 'none'}")
-        if not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
+        if not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
             raise ValueError(f"loss_fn_config['{key}'] is {value!r}, expected a finite number")
     config = {**defaults, **given}
     _check_bounds(config)
@@ -61,10 +62,10 @@ def check_adam(adam: AdamParams) -> None:
         if key in ("beta1", "beta2"):
             low, high, expected = 0.0, 1.0, "a number from 0 on, below 1"
         elif key == "eps":  # a moment of 0 is divided by it: a new adapter's A has no gradient in the first step
-            low, high, expected = torch.finfo(torch.float32).tiny, float("inf"), "a number above 0 (in fp32)"
+            low, high, expected = torch.finfo(torch.float32).tiny, LARGEST, "a number above 0 (in fp32)"
         else:
-            low, high, expected = 0.0, float("inf"), "a number from 0 on"
-        if not isinstance(value, Real) or not low <= float(value) < high:
+            low, high, expected = 0.0, LARGEST, "a number from 0 on"
+        if not isinstance(value, Real) or not low <= value < high:
             raise ValueError(f"{key} is {value!r}, expected {expected}")
 
 

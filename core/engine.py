@@ -28,9 +28,9 @@ from core.decoder import Decoder
 from core.futures import Future
 from core.lora import Adapter, ComputeCopies, Geometry, Segment, Weights
 from core.models import fingerprint, load_base
-from core.objective import Objective, Term
-from core.packing import Item, cut, in_order, lay_out
-from core.passes import Passes, Progress, Tenant
+from core.objective import Objective
+from core.packing import Item, cut, in_order, lay_out, shares_rows
+from core.passes import Passes, Progress, Tenant, terms
 from core.request import Call, PassRequest, SampleRequest
 from core.sampler import Sampler
 from core.sampling import top_logprobs
@@ -62,7 +62,8 @@ class Engine:
         self._holds = 0  # while above 0, arrivals wait
         self._geometries: dict[tuple[bool, bool, bool], Geometry] = {}
         self._tenants: list[Tenant] = []
-        self._passes = Passes()
+        self._share_rows = shares_rows(device, options.exact)
+        self._passes = Passes(self._share_rows)
         self.micro_batch_seconds = 0.0  # of the last one
         self.park_after = options.park_after or (IDLE_SECONDS if device.type == "cuda" else None)
         self._park_check = self.park_after and self.park_after / 4  # seconds between two looks; None: no look
@@ -103,20 +104,15 @@ class Engine:
             tenant.queue.append(Call(forget, Future()))
             self._wake.notify()
 
-    def submit(self, tenant: Tenant, operation: PassRequest | Call) -> None:
+    def submit(self, tenant: Tenant, operation: PassRequest | Call | SampleRequest) -> None:
         release_workers()
         with self._wake:
             if tenant.left or self._stopping:
-                raise RuntimeError("this training client is closed")
-            tenant.queue.append(operation)
-            self._wake.notify()
-
-    def submit_sample(self, tenant: Tenant, request: SampleRequest) -> None:
-        release_workers()
-        with self._wake:
-            if tenant.left or self._stopping:
-                raise RuntimeError("this sampling client is closed")
-            self._arrivals.append(request)
+                raise RuntimeError("this client is closed")
+            if isinstance(operation, SampleRequest):
+                self._arrivals.append(operation)
+            else:
+                tenant.queue.append(operation)
             self._wake.notify()
 
     @contextlib.contextmanager
@@ -148,8 +144,17 @@ class Engine:
         self._thread.join()
 
     def _serve(self) -> None:
-        while self._round():
-            pass
+        try:
+            while self._round():
+                pass
+        except BaseException as error:  # nobody may wait for an engine that is gone
+            log.exception("the engine of %s has ended", self.base_model)
+            with self._wake:
+                self._stopping = True
+            for operation in [*self._arrivals, *(operation for tenant in self._tenants for operation in tenant.queue)]:
+                operation.future.set_exception(error)
+            self._passes.fail_all(error)
+            self.sampler.fail_all(error)
 
     def _round(self) -> bool:
         """Wait, take up what is queued, compute one micro-batch and sample; False at the end.
@@ -159,7 +164,7 @@ class Engine:
         self._park_idle()
         with self._wake:
             while not (self._passes or self._ready or self._arrived or self.sampler.busy):
-                if self._stopping:
+                if self._stopping and (self._dropped or not self._arrivals):
                     return False
                 if not self._wake.wait(self._park_check):
                     return True
@@ -167,10 +172,7 @@ class Engine:
                 return False
             self._linger()
         for _ in range(CALLS_PER_ROUND):
-            with self._wake:
-                heads = [(tenant, tenant.queue.popleft()) for tenant in self._ready]
-            for tenant, operation in heads:
-                self._take_up(tenant, operation)
+            self._take_up_heads()
         self._sample(self._run_next() * (1 / self.train_share - 1))
         return True
 
@@ -204,10 +206,22 @@ class Engine:
                     self.copies.forget(tenant.adapter)
                     tenant.adapter.park()
 
+    def _take_up_heads(self) -> None:
+        """An operation of each client's. The locals end without the lock: one may be the last to hold a client, whose end
+        asks for other locks."""
+        with self._wake:
+            heads = [(tenant, tenant.queue.popleft()) for tenant in self._ready]
+        for tenant, operation in heads:
+            try:
+                if tenant.adapter is not None and tenant.adapter.parked:
+                    tenant.adapter.unpark()
+            except BaseException as error:  # no memory for it: others may have what they need
+                operation.future.set_exception(error)
+            else:
+                self._take_up(tenant, operation)
+
     def _take_up(self, tenant: Tenant, operation: PassRequest | Call) -> None:
         tenant.used = time.monotonic()
-        if tenant.adapter is not None and tenant.adapter.parked:
-            tenant.adapter.unpark()
         if isinstance(operation, Call):
             operation.future.resolve(operation.work)
         elif operation.custom is None:
@@ -228,7 +242,10 @@ class Engine:
                 if arrivals:
                     self._arrivals.clear()
             for request in arrivals:
-                self.sampler.submit(request)
+                try:
+                    self.sampler.submit(request)
+                except Exception as error:
+                    request.future.set_exception(error)
             if not self.sampler.busy:
                 return
             try:
@@ -278,14 +295,14 @@ class Engine:
                 self._run_micro_batch({0: progress}, batch, train)
             except torch.OutOfMemoryError as error:
                 self._shrink(batch, error)
-                waiting.extendleft(reversed(cut(in_order(batch), self.token_budget)))
+                waiting.extendleft(reversed(cut(in_order(batch, self._share_rows), self.token_budget)))
             self._sample((time.monotonic() - start) * (1 / self.train_share - 1))
 
     def _shrink(self, batch: list[Item], error: torch.OutOfMemoryError) -> None:
         """Answer to an out-of-memory: half the budget; below one sequence, recomputation; then the end."""
         longest, tokens = max(item.length for item in batch), sum(item.length for item in batch)
         if tokens > longest:
-            self.token_budget = max(longest, min(self.token_budget, tokens) // 2)
+            self.token_budget = max(1, min(self.token_budget, tokens) // 2)
             log.warning("out of memory at %d tokens: token_budget is now %d", tokens, self.token_budget)
         elif not self.recompute:
             self.recompute = True
@@ -303,7 +320,7 @@ class Engine:
         for item in batch:
             passes[item.request].request.future.begin()
         rows, ordered = lay_out(batch, self.copies, self.device, train, self.decoder.exact)
-        objective = Objective(self._terms(passes, ordered), rows.targets.shape, self.device)
+        objective = Objective(terms(passes, ordered, self.device), rows.targets.shape, self.device)
         if rows.targets.shape[0] == 0:  # every weight is 0: so is the gradient
             logprobs = rows.targets.float()
             for adapter in (item.adapter for item in ordered if train):
@@ -346,25 +363,9 @@ class Engine:
             return logprobs, None
         return logprobs, [None, *top_logprobs(self.decoder, x[rows.selected], rows.segments[0], top_k, temperature)]
 
-    def _terms(self, passes: Mapping[int, Progress], ordered: list[Item]) -> list[Term]:
-        terms, start = [], 0
-        for item in ordered:
-            request = passes[item.request].request
-            datum = request.data[item.index]
-            chosen = slice(None) if item.wanted is None else item.wanted
-            span = slice(start, start + item.num_wanted)
-            start = span.stop
-            if request.gradients is not None:
-                given = request.gradients[item.index][chosen].to(self.device)
-                terms.append(Term(span, request.loss_fn, {}, {}, given))
-            else:
-                inputs = {key: value[chosen].to(self.device) for key, value in datum.inputs.items()}
-                terms.append(Term(span, request.loss_fn, request.config, inputs))
-        return terms
-
     def _run_custom(self, request: PassRequest) -> None:
         """Logprobs, the caller's loss on them, then its gradient through an ordinary pass."""
-        progress = Progress.of(request)
+        progress = Progress.of(request, self._share_rows)
         ordered = list(progress.pending.values())
         batches = cut(ordered, self.token_budget)
         assert request.custom is not None

@@ -199,13 +199,16 @@ class KvCache:
         return lower
 
     def leave(self, slot: Slot, spoilt: bool = False) -> None:
-        """The sequence has ended; its tokens stay findable. `spoilt`: what it holds is not finite."""
+        """The sequence has ended; its tokens stay findable. `spoilt`: what it holds is not finite, nor perhaps what it left
+        behind where it lay before."""
         slot.busy = False
         slot.pool.num_busy -= 1
         self._touch(slot)
-        if spoilt:
-            slot.tokens, slot.weights = [], None
-            slot.pool.clear(slot)
+        weights = slot.weights
+        for other in self.slots() if spoilt else ():
+            if not other.busy and (not other.tokens or other.weights == weights):
+                other.tokens, other.weights = [], None
+                other.pool.clear(other)
 
     def capacity_for(self, num_tokens: int) -> int:
         return SMALLEST << max(0, (num_tokens - 1) // SMALLEST).bit_length()

@@ -169,6 +169,7 @@ class Adapter:
 
     def make_own(self) -> None:
         """Before parameters change in place: leave the buffer to the snapshots that hold it, and go on in another one."""
+        self._lent = [(weights, buffer) for weights, buffer in self._lent if weights() is not None or buffer is not self.params]
         held = [(weights, buffer) for weights, buffer in self._lent if weights() is not None]
         if any(buffer is self.params for _, buffer in held):
             taken = {id(buffer) for _, buffer in held}
@@ -206,8 +207,8 @@ class Adapter:
             )
         if adam.grad_clip_norm > 0 and norm > adam.grad_clip_norm:
             self.grad.mul_(adam.grad_clip_norm / norm)
-        self.step += 1
         self.make_own()
+        self.step += 1
         torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
             [self.params], [self.grad], [self.exp_avg], [self.exp_avg_sq], [],
             [torch.tensor(float(self.step), dtype=torch.float32, device=self.params.device)],

@@ -50,20 +50,26 @@ class Item:
 Standing = Mapping[int, tuple[float, int]]  # by number of the request: smaller comes first
 
 
-def in_order(items: Sequence[Item]) -> list[tuple[Item, int]]:
+def shares_rows(device: torch.device, exact: bool) -> bool:
+    """Whether sequences that begin alike have the rows of their beginning once: CUDA's kernel takes whole sequences."""
+    return device.type == "cpu" and not exact
+
+
+def in_order(items: Sequence[Item], share_rows: bool) -> list[tuple[Item, int]]:
     """Items with what each costs, in rows: those of one adapter together, those that begin alike one after another, longer
     ones first.
 
-    An item costs the rows that it does not share with the one before, or as much as the targets it asks for: a sequence that
-    is there a thousand times has no rows of its own.
+    An item costs its rows, where rows are shared those that it does not share with the one before, or as much as the targets
+    it asks for: a sequence that is there a thousand times has no rows of its own.
     """
     by_adapter: dict[int, list[Item]] = {}
     for item in items:
         by_adapter.setdefault(id(item.adapter), []).append(item)
     found: list[tuple[Item, int]] = []
     for mine in by_adapter.values():
-        indices, rows = order([item.tokens for item in mine])
-        found += [(mine[i], max(own, mine[i].num_wanted // TARGETS_PER_ROW)) for i, own in zip(indices, rows, strict=True)]
+        for i, own in zip(*order([item.tokens for item in mine]), strict=True):
+            rows = own if share_rows else mine[i].length
+            found.append((mine[i], max(rows, mine[i].num_wanted // TARGETS_PER_ROW)))
     return found
 
 
@@ -121,7 +127,7 @@ def lay_out(
         first, selected_first = len(spans), len(selected)
         for adapter in adapters:
             members = [item for item in batch if item.adapter is adapter]
-            placed, paths = _place(members, len(spans) and spans[-1].stop, share_rows=on_cpu and not exact)
+            placed, paths = _place(members, len(spans) and spans[-1].stop, share_rows=shares_rows(device, exact))
             spans += placed
             ordered += members
             selected += [path if item.wanted is None else path[item.wanted] for item, path in zip(members, paths, strict=True)]

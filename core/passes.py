@@ -17,6 +17,7 @@ import torch
 
 from core.datum import ForwardBackwardOutput
 from core.lora import Adapter
+from core.objective import Term
 from core.packing import Item, cut, in_order
 from core.request import Call, PassRequest
 
@@ -49,8 +50,8 @@ class Progress:
     pending: dict[int, tuple[Item, int]] = field(default_factory=dict)  # by index, with what it costs; ordered once
 
     @classmethod
-    def of(cls, request: PassRequest, number: int = 0) -> Progress:
-        items = {item.index: (item, cost) for item, cost in in_order(request.items(number))}
+    def of(cls, request: PassRequest, share_rows: bool, number: int = 0) -> Progress:
+        items = {item.index: (item, cost) for item, cost in in_order(request.items(number), share_rows)}
         return cls(request, [torch.empty(0)] * len(request.data), pending=items)
 
     @property
@@ -67,10 +68,29 @@ class Progress:
         self.request.future.set_result(ForwardBackwardOutput(results, {"loss:sum": self.loss}))
 
 
+def terms(progress: Mapping[int, Progress], ordered: Sequence[Item], device: torch.device) -> list[Term]:
+    """What each item's rows are trained towards."""
+    found, start = [], 0
+    for item in ordered:
+        request = progress[item.request].request
+        datum = request.data[item.index]
+        chosen = slice(None) if item.wanted is None else item.wanted
+        span = slice(start, start + item.num_wanted)
+        start = span.stop
+        if request.gradients is not None:
+            given = request.gradients[item.index][chosen].to(device)
+            found.append(Term(span, request.loss_fn, {}, {}, given))
+        else:
+            inputs = {key: value[chosen].to(device) for key, value in datum.inputs.items()}
+            found.append(Term(span, request.loss_fn, request.config, inputs))
+    return found
+
+
 class Passes:
     """See the module's docstring. For the engine's thread alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, share_rows: bool) -> None:
+        self._share_rows = share_rows
         self.progress: dict[int, Progress] = {}
         self._tenants: dict[int, Tenant] = {}
         self._numbers = itertools.count()
@@ -83,7 +103,7 @@ class Passes:
 
     def add(self, request: PassRequest, tenant: Tenant) -> None:
         number = next(self._numbers)
-        self.progress[number] = Progress.of(request, number)
+        self.progress[number] = Progress.of(request, self._share_rows, number)
         self._tenants[number] = tenant
         tenant.busy = True
         tenant.served = max(tenant.served, self._clock)
@@ -118,7 +138,12 @@ class Passes:
             if isinstance(progress.request.adapter, Adapter) and progress.request.train:
                 progress.request.adapter.clear_grad()
             progress.request.future.set_exception(error)
+        self._plan.clear()  # it holds their adapters
         self._budget = 0
+
+    def fail_all(self, error: BaseException) -> None:
+        for progress in self.progress.values():
+            progress.request.future.set_exception(error)
 
     def _remove(self, number: int) -> Progress:
         self._tenants.pop(number).busy = False

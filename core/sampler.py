@@ -113,15 +113,12 @@ class Sampler:
         for slot in self.cache.slots():
             if not slot.busy and slot.tokens and slot.weights not in self._alive:
                 slot.tokens, slot.weights = [], None
-        held: list[Continuation] = []
         in_progress = {(s.request.weights.key, tuple(s.request.prompt)) for s in self._filling}
         expected = Counter(self.cache.capacity_for(s.request.num_tokens) for s in self._waiting)
-        while self._waiting:
-            sequence = self._waiting[0]
+        for sequence in list(self._waiting):
             request = sequence.request
             name = (request.weights.key, tuple(request.prompt))
             if name in in_progress and not self.exact:
-                held.append(self._waiting.popleft())
                 continue
             capacity = self.cache.capacity_for(request.num_tokens)
             known = [] if self.exact else request.prompt[:-1]  # whose computation may have had other shapes
@@ -131,14 +128,13 @@ class Sampler:
             expected[capacity] -= 1
             request.future.begin()
             sequence.slot, common = taken
-            self._waiting.popleft()
+            self._waiting.remove(sequence)
             if common == len(request.prompt) - 1:  # all but the last token, which decoding begins with
                 self._running.append(sequence)
                 self._settle()
             else:
                 self._filling.append(sequence)
                 in_progress.add(name)
-        self._waiting.extendleft(reversed(held))
 
     def _drop_ended(self) -> None:
         """Sequences that are done, failed or cancelled give up their slots."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from core.datum import ModelInput, SampleResponse, SamplingParams
-from core.door import Sequenced
+from core.door import LARGEST, Sequenced
 from core.futures import Future
 from core.lora import Weights
 from core.request import Call, PassRequest, SampleRequest
@@ -52,11 +52,13 @@ class SamplingClient:
         max_tokens = self._checked_params(params, len(tokens))
         if num_samples < 1:
             raise ValueError(f"num_samples is {num_samples}, expected at least 1")
+        if topk_prompt_logprobs < 0:
+            raise ValueError(f"topk_prompt_logprobs is {topk_prompt_logprobs}, expected 0 or more")
         ends = ends_at(params.stop, self.engine.base_model)
         future: Future[SampleResponse] = Future(cancellable=True)
         request = SampleRequest(tokens, num_samples, params, max_tokens, self.weights, ends, future, on_token)
         if not (include_prompt_logprobs or topk_prompt_logprobs):
-            self.engine.submit_sample(self.tenant, request)
+            self.engine.submit(self.tenant, request)
             return future
 
         def begin() -> None:
@@ -89,7 +91,8 @@ class SamplingClient:
     def target_logprobs(self, prompt: ModelInput, targets: torch.Tensor) -> Future[torch.Tensor]:
         """Logprobs (T = 1) of any tokens: targets [len(prompt) - 1, K], row i for position i + 1; -1 asks for nothing: 0.0."""
         tokens = torch.tensor(self._checked(prompt))
-        if targets.dim() != 2 or targets.shape[0] != len(tokens) - 1 or targets.is_floating_point():
+        is_whole = not targets.is_floating_point() and targets.dtype != torch.bool
+        if targets.dim() != 2 or targets.shape[0] != len(tokens) - 1 or not is_whole:
             raise ValueError(
                 f"targets are {targets.dtype} of shape {list(targets.shape)}, expected whole numbers [{len(tokens) - 1}, K]"
             )
@@ -98,7 +101,7 @@ class SamplingClient:
         low, high, most = int(targets.min()), int(targets.max()), self.engine.decoder.vocab_size - 1
         if low < -1 or high > most:
             raise ValueError(f"targets run from {low} to {high}, expected -1 to {most}")
-        datum = Sequenced(tokens[:-1], targets.clamp(min=0), {}, targets.shape)
+        datum = Sequenced(tokens[:-1], targets.long().clamp(min=0), {}, targets.shape)
         request = PassRequest(self.weights, [datum], "cross_entropy", {}, False, False, Future())
         self.engine.submit(self.tenant, request)
         asked = targets >= 0
@@ -110,6 +113,8 @@ class SamplingClient:
         """The k likeliest (token, logprob) at each position, likeliest first; None for the first position."""
         if k < 1:
             raise ValueError(f"k is {k}, expected at least 1")
+        if not 0 < temperature <= LARGEST:
+            raise ValueError(f"temperature is {temperature}, expected more than 0")
         checked = self._checked(tokens)
 
         def work() -> list[list[tuple[int, float]] | None]:
@@ -156,7 +161,7 @@ class SamplingClient:
                 f"a prompt of {num_prompt} tokens and max_tokens={max_tokens} take {needed} tokens of key-value room,"
                 f" engine.kv_tokens is {room}"
             )
-        if not params.temperature >= 0 or params.temperature == float("inf"):
+        if not 0 <= params.temperature <= LARGEST:
             raise ValueError(f"temperature is {params.temperature}, expected 0 or more")
         if not 0 < params.top_p <= 1:
             raise ValueError(f"top_p is {params.top_p}, expected more than 0 and at most 1")

@@ -169,7 +169,7 @@ def test_a_closed_client_says_so_and_its_adapter_is_freed(tmp_path: Path) -> Non
     client, other = new_client(tmp_path), new_client(tmp_path)
     client.forward(data(LENGTHS), "cross_entropy").result()
     client.close()
-    with pytest.raises(RuntimeError, match=r"^this training client is closed$"):
+    with pytest.raises(RuntimeError, match=r"^this client is closed$"):
         client.forward(data(LENGTHS), "cross_entropy")
     adapter = weakref.ref(client.adapter)
     del client

@@ -121,27 +121,27 @@ def items(lengths: list[int], num_targets: list[int] | None = None) -> list[Item
 def test_micro_batches_hold_every_sequence_once_and_the_budget_within_one_sequence() -> None:
     lengths = torch.randint(1, 200, (80,), generator=torch.Generator().manual_seed(0)).tolist()
     for token_budget in (50, 200, 1024, 10**6):
-        batches = cut(in_order(items(lengths)), token_budget)
+        batches = cut(in_order(items(lengths), True), token_budget)
         assert sorted(item.index for batch in batches for item in batch) == list(range(80))
         for batch in batches:
             assert len(batch) == 1 or sum(item.length for item in batch) < token_budget + max(
                 item.length for item in batch
             )
-    assert len(cut(in_order(items(lengths)), 10**6)) == 1
+    assert len(cut(in_order(items(lengths), True), 10**6)) == 1
 
 
 def test_micro_batches_are_few_and_even() -> None:
-    batches = cut(in_order(items([10] * 110)), 1000)
+    batches = cut(in_order(items([10] * 110), True), 1000)
     assert [sum(item.length for item in batch) for batch in batches] == [550, 550]
 
 
 def test_a_micro_batch_has_one_number_of_targets_per_position() -> None:
-    batches = cut(in_order(items([5, 6, 7, 8], [1, 3, 1, 3])), 1000)
+    batches = cut(in_order(items([5, 6, 7, 8], [1, 3, 1, 3]), True), 1000)
     assert [[item.index for item in batch] for batch in batches] == [[2, 0], [3, 1]]
 
 
 def test_a_sequence_longer_than_the_budget_stands_alone() -> None:
-    batches = cut(in_order(items([5, 500, 6, 499])), 100)
+    batches = cut(in_order(items([5, 500, 6, 499]), True), 100)
     assert [[item.length for item in batch] for batch in batches][:2] == [[500], [499]]
     assert all(len(batch) == 1 for batch in batches[:2])
 
@@ -149,10 +149,10 @@ def test_a_sequence_longer_than_the_budget_stands_alone() -> None:
 def test_a_sequence_that_is_there_a_thousand_times_takes_several_micro_batches() -> None:
     """Its rows are computed once in each, but the unembedding of every copy takes its time, in which others wait."""
     copies = [replace(item, tokens=torch.arange(100)) for item in items([100] * 1000)]
-    batches = cut(in_order(copies), 500)
+    batches = cut(in_order(copies, True), 500)
     assert max(map(len, batches)) <= 500 * TARGETS_PER_ROW // 100 + 1 and sum(map(len, batches)) == 1000
     few = [replace(item, wanted=torch.tensor([99])) for item in copies[:60]]  # one target each
-    assert [len(batch) for batch in cut(in_order(few), 500)] == [60]
+    assert [len(batch) for batch in cut(in_order(few, True), 500)] == [60]
 
 
 class Cramped:

@@ -329,7 +329,7 @@ def test_a_store_has_one_server(tmp_path: Path, capsys: pytest.CaptureFixture[st
     second.close()
 
 
-@pytest.mark.parametrize("model", ["nope", f"{MODEL},nope"])
+@pytest.mark.parametrize("model", ["nope", f"{MODEL},nope"], ids=["first", "second"])
 def test_a_model_that_is_not_there_ends_in_one_line(tmp_path: Path, model: str) -> None:
     with pytest.raises(UsageError, match="unknown model 'nope': give a hub id") as refused:
         main([f"model={model}", f"store={tmp_path}", "port=0", "engine.device=cpu"], Console())

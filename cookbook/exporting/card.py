@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cookbook.exporting.subject import Subject
 from core.models import EMBEDDED
 
+WITHIN = re.compile(r"(?:(?<=\w\.)|(?<![\w:/.~-]))[/~](?:[^\s/{}\[\]'\",]*/)+")  # folders of an absolute path in other text
 HIDDEN = ("run_dir", "config_dir")  # paths of the machine, nobody else's business
 USE = {
     "peft": """```python
@@ -101,15 +103,15 @@ def _shown(value: object) -> str:
 def _command(recipe: str, overrides: list[str]) -> str:
     kind, _, name = recipe.partition("/")
     pairs = [word.partition("=") for word in overrides]
-    words = [f"{key}{equals}{_without_folders(value)}" for key, equals, value in pairs if key not in HIDDEN]
+    words = [f"{_without_folders(key)}{equals}{_without_folders(value)}" for key, equals, value in pairs if key not in HIDDEN]
     chosen = [] if not name or any(word.startswith("recipe=") for word in words) else [f"recipe={name.removesuffix('.py')}"]
     return " ".join(["cook", kind or "run", *chosen, *words])
 
 
 def _without_paths(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Values that are absolute paths lose their folders."""
+    """Absolute paths lose their folders, in names (rewards, sources of a mixture) too."""
     kept: dict[str, Any] = {}
-    for key, value in section.items():
+    for key, value in ((_without_folders(name), value) for name, value in section.items()):
         if isinstance(value, Mapping):
             kept[key] = _without_paths(value)
         else:
@@ -118,8 +120,8 @@ def _without_paths(section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_folders(value: str) -> str:
-    """/home/me/rows.jsonl -> rows.jsonl; a hub id stays."""
-    return value.rpartition("/")[2] if value.startswith(("/", "~")) else value
+    """/home/me/rows.jsonl -> rows.jsonl, {/home/me/a.jsonl: 0.5} -> {a.jsonl: 0.5}; a hub id and a URL stay."""
+    return value.rpartition("/")[2] if value.startswith(("/", "~")) else WITHIN.sub("", value)
 
 
 def _yaml(values: Mapping[str, Any]) -> str:

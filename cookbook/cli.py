@@ -123,7 +123,8 @@ def sweep_wandb(
     from cookbook.compose import compose
     from cookbook.sweep_wandb import sweep_file
 
-    print(sweep_file(kind, overrides or [], metric, lambda words: compose(kind, words, config_dir=config_dir)), end="")
+    options = ["--config-dir", str(config_dir.absolute())] if config_dir else []
+    print(sweep_file(kind, overrides or [], metric, lambda words: compose(kind, words, config_dir=config_dir), options), end="")
 
 
 @app.command()

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -156,7 +156,7 @@ def _compose(
     """One composition. Without a primary file in conf, a node takes its place: every group optional, over `saved`."""
     if config_dir is not None and not config_dir.is_dir():
         raise UsageError(f"--config-dir {config_dir}: no such directory")
-    rest = _prompts_or_env(module.Config, rest)
+    rest = _epochs_or_steps(module.Config, _prompts_or_env(module.Config, rest))
     config_type = _with_env_keys(module.Config, rest, config_dir, primary, saved)
     cfg = _loaded(config_type, rest, config_dir, primary, saved)
     chosen = {group: cfg.hydra.runtime.choices.get(group) for group in groups(config_type, config_dir)}
@@ -219,6 +219,13 @@ def _prompts_or_env(config_type: type, overrides: list[str]) -> list[str]:
     if chosen := [word for word in envs if word not in ("env=null", "~env")]:
         raise UsageError(f"{chosen[0]} and {prompts[0]}: a run learns from an env or from prompts of your own; give one")
     return overrides if envs else [*overrides, "env=null"]
+
+
+def _epochs_or_steps(config_type: type, overrides: list[str]) -> list[str]:
+    """Passes over the rows that somebody asks for take the place of the steps that a file, or an earlier session, chose."""
+    typed = {key_of(word) for word in overrides}
+    may_be_null = type(None) in get_args(get_type_hints(config_type).get("steps"))
+    return [*overrides, "steps=null"] if "epochs" in typed and "steps" not in typed and may_be_null else overrides
 
 
 def _schema(config_type: type) -> DictConfig:

@@ -9,6 +9,7 @@ from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from cookbook.config import DataConfig
@@ -32,6 +33,7 @@ TRAIN_ON = ("last", "all", "everything", "flags")
 OVERLONG = ("drop", "truncate", "error")
 
 AnyRow = TypeVar("AnyRow")
+Say = Callable[..., None]  # of a line, or of something else that rich prints
 Example = tuple["ModelInput", list[float]]  # tokens and, for each, its weight as a target
 
 
@@ -149,12 +151,13 @@ class StreamedData(SupervisedData):
         self,
         read: Callable[[RowReport], Iterator[TokenRow]],
         name: str,
+        say: Say,
         *,
         seed: int,
         batch_size: int,
         config: DataConfig,
     ) -> None:
-        self._read, self._seed, self._batch_size = read, seed, batch_size
+        self._read, self._say, self._seed, self._batch_size = read, say, seed, batch_size
         self.report = RowReport(name)
         first = list(itertools.islice(read(self.report), config.eval_rows + batch_size))
         self.report.refuse_bad(config.max_bad)
@@ -164,9 +167,7 @@ class StreamedData(SupervisedData):
                 f" and one batch of {batch_size}; set data.streaming=false"
             )
         self.held_out = [sequence.datum() for row in first[: config.eval_rows] for sequence in row]
-        self._held_out = {
-            content_hash(row) for row in first[: config.eval_rows]
-        }  # repeats of these do not train either
+        self._held_out = {content_hash(row) for row in first[: config.eval_rows]}  # repeats of these do not train either
         self._restart()
 
     def _restart(self) -> None:
@@ -183,19 +184,26 @@ class StreamedData(SupervisedData):
                 self._batches.popitem(last=False)
         return self._batches[step]
 
+    def _watched(self, report: RowReport) -> Iterator[TokenRow]:
+        """The rows of a pass, with a line whenever ten times as many have been rejected as when one was last told."""
+        told = max(1, report.rejected)
+        for row in self._read(report):
+            if report.rejected >= 10 * told:
+                told = report.rejected
+                self._say(f"{report.name}: {report.rejected:,} of {report.total:,} rows rejected so far")
+            yield row
+
     def _sequences_forever(self) -> Iterator[TokenSequence]:
         for epoch in itertools.count():
             report = RowReport(self.report.name)
             if epoch == 0:
                 self.report = report
-            rows = (row for row in self._read(report) if content_hash(row) not in self._held_out)
+            rows = (row for row in self._watched(report) if content_hash(row) not in self._held_out)
             rng = random.Random(f"stream {self._seed} {epoch}")
             sequences = shuffled((sequence for row in rows for sequence in row), SHUFFLE_ROWS, rng)
             first = next(sequences, None)
             if first is None:
-                raise UsageError(
-                    f"{self.report.name}: the stream has no rows to train on any more; did the file change?"
-                )
+                raise UsageError(f"{self.report.name}: the stream has no rows to train on any more; did the file change?")
             yield first
             yield from sequences
 
@@ -214,10 +222,11 @@ def load_supervised(
     `max_length` is in tokens per sequence; `console` gets a few lines on what was found.
     """
     read, name = prepare(config, renderer, max_length)
+    say: Say = partial(console.print, markup=False, highlight=False, soft_wrap=True) if console else lambda line: None
     if batch_size < 1 or config.eval_rows < 0:
         raise UsageError(f"batch_size={batch_size} must be at least 1, data.eval_rows={config.eval_rows} at least 0")
     if config.streaming:
-        data: SupervisedData = StreamedData(read, name, seed=seed, batch_size=batch_size, config=config)
+        data: SupervisedData = StreamedData(read, name, say, seed=seed, batch_size=batch_size, config=config)
         lines = [*data.report.detected, f"streaming {name}: the first {config.eval_rows} rows are held out"]
     else:
         report = RowReport(name)
@@ -226,11 +235,10 @@ def load_supervised(
         data = StoredData(rows, report, seed=seed, batch_size=batch_size, eval_rows=config.eval_rows)
         split = f"{data.num_rows:,} sequences to train on, {len(data.held_out):,} held out"
         lines = [*report.lines(), f"{split}, {data.epoch_steps:,} steps per epoch"]
-    if console is not None:
-        for line in lines:
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-        if (table := data.report.table()) is not None:
-            console.print(table)
+    for line in lines:
+        say(line)
+    if (table := data.report.table()) is not None:
+        say(table)
     return data
 
 

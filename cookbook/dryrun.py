@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from cookbook.config import EngineConfig, LoraConfig, OptimConfig
+from cookbook.config import EngineConfig, LoraConfig, OptimConfig, SamplesConfig
 from cookbook.data import SupervisedData, load_supervised
 from cookbook.data_cli import RecipeConfig, print_sequences
 from cookbook.errors import UsageError
+from cookbook.eval_samples import check_samples
 from cookbook.memory import peak_memory_gb
 from cookbook.preferences import UNPAIRED, PreferenceData, load_pairs, load_rated
 from cookbook.progress import duration
-from cookbook.schedule import default_learning_rate, learning_rate_at, peak_learning_rate, total_steps
+from cookbook.schedule import check_optim, default_learning_rate, peak_learning_rate, total_steps
 from cookbook.service import check_context, check_length, connect, start_of
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class SupervisedConfig(RecipeConfig, Protocol):
     eval_every: int
     service: str
     lora: LoraConfig
+    eval: SamplesConfig
     optim: OptimConfig
     engine: EngineConfig
 
@@ -91,6 +93,8 @@ def dry_run(recipe: str, config: SupervisedConfig, console: Console | None = Non
     kind = recipe.partition("/")[0]
     if kind not in ("sft", "dpo"):
         raise UsageError("--dry-run knows the recipes of recipes/sft, recipes/rl and recipes/dpo only")
+    check_optim(config.learning_rate, config.optim)
+    check_samples(config.eval)
     service = connect(config.service, Path("checkpoints"), config.engine)
     if config.init_from is not None:
         start_of(service, config.init_from)
@@ -155,8 +159,7 @@ def _model_lines(kind: str, config: SupervisedConfig, plan: Plan, dtype: torch.d
         return [f"no estimate of memory and time: the configuration of {config.model.name} cannot be had ({reason})"]
     check_length(config.max_length, config.model.name, model.config.max_position_embeddings)
     default = default_learning_rate(shape.hidden_size, model.config.model_type, "dpo" if kind == "dpo" else "sft")
-    peak = config.learning_rate or default
-    learning_rate_at(0, plan.num_steps, peak, config.optim)  # refuses an unknown schedule
+    peak = default if config.learning_rate is None else config.learning_rate
     rate = product_rate(dtype, device)
     return [
         rate_line(peak, config.optim),

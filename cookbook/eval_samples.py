@@ -44,11 +44,7 @@ class EvalSamples:
         self, run: Run, config: SamplesConfig, renderer: Renderer, trainer: Trainer, held_out: Sequence[Datum], seed: int
     ) -> None:
         self.run, self.config, self.renderer, self.trainer, self.seed = run, config, renderer, trainer, seed
-        for key, least in (("prompts", 0), ("problems", 1), ("samples", 1), ("max_tokens", 1), ("temperature", 0)):
-            if not getattr(config, key) >= least:
-                raise UsageError(f"eval.{key}={getattr(config, key)}: expected at least {least}")
-        if config.samples > 1 and config.temperature == 0:
-            raise UsageError(f"eval.samples={config.samples} would all be the same at eval.temperature=0: set it to 1, say")
+        check_samples(config)
         context = trainer.get_info().max_length
         self.params = SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature, stop=renderer.stop)
         self.rollouts = Rollouts(renderer, self.params, Limits(context=context, on_error="zero"))
@@ -102,6 +98,15 @@ class EvalSamples:
 
     def _text(self, tokens: Sequence[int]) -> str:
         return self.renderer.decode([token for token in tokens if token not in self.renderer.stop])
+
+
+def check_samples(config: SamplesConfig) -> None:
+    """UsageError for what no evaluation could sample."""
+    for key, least in (("prompts", 0), ("problems", 1), ("samples", 1), ("max_tokens", 1), ("temperature", 0)):
+        if not getattr(config, key) >= least:
+            raise UsageError(f"eval.{key}={getattr(config, key)}: expected at least {least}")
+    if config.samples > 1 and config.temperature == 0:
+        raise UsageError(f"eval.samples={config.samples} would all be the same at eval.temperature=0: set it to 1, say")
 
 
 def asked_of(datum: Datum) -> Asked | None:

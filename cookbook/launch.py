@@ -149,7 +149,7 @@ def _make_absolute(config: Any) -> None:
             setattr(section, field, {_absolute(name): weight for name, weight in entries.items()})
     if getattr(config, "reward", None):
         config.reward = _absolute(config.reward)
-    for section in (config, getattr(config, "eval", None)):
+    for section in filter(None, (config, getattr(config, "eval", None))):
         if isinstance(env := getattr(section, "env", None), dict):
             section.env = {k: _absolute(v) if k != "name" and isinstance(v, str) else v for k, v in env.items()}
 

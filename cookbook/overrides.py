@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -30,6 +30,12 @@ def spelt_out(overrides: list[str]) -> list[str]:
 def key_of(override: str) -> str:
     """ "++data.path=x" -> "data.path"."""
     return override.lstrip("+~").partition("=")[0]
+
+
+def typed_words(record: Mapping[str, Any]) -> list[str]:
+    """Of run.json: those of the beginning and of every resume, the newest last."""
+    sessions = [record["overrides"], *(session["overrides"] for session in record.get("resumed", []))]
+    return list(dict.fromkeys(word for words in reversed(sessions) for word in reversed(words)))[::-1]
 
 
 @dataclass(frozen=True)

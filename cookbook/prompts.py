@@ -16,7 +16,7 @@ from cookbook.errors import UsageError
 from cookbook.keys import did_you_mean
 from cookbook.messages import template_messages
 from cookbook.rewards import Prompt, PromptEnv, Reward, load_rewards
-from cookbook.row_formats import rename
+from cookbook.row_formats import decoded_messages, rename
 from cookbook.row_report import RowReport
 from cookbook.rows import ENDINGS, RowProblem
 from cookbook.sources import Source, open_sources
@@ -146,7 +146,7 @@ def read_prompt(row: Mapping[str, object], label: str, tag: str = "") -> Prompt:
     if column is None:
         names = ", ".join(map(repr, row)) or "none"
         raise RowProblem("no prompt", f"has {names}; name yours: data.columns.prompt=...")
-    asked = row[column]
+    asked = decoded_messages(row[column])
     if column == "instruction" and row.get("input"):
         asked = f"{asked}\n{row['input']}"
     if is_text := isinstance(asked, str):

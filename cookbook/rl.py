@@ -110,7 +110,7 @@ class Session:
     def __init__(self, run: Run, config: RLConfig, max_steps_off_policy: int = 0) -> None:
         self.run, self.config, self.max_steps_off_policy = run, config, max_steps_off_policy
         self.loss_fn_config = check_config(config)
-        _check_off_policy(config, max_steps_off_policy)
+        check_off_policy(config, max_steps_off_policy)
         service = connect(config.service, run.store, config.engine)
         found = resumed(run, service)
         origin = settle(run, service, config.lora, config.init_from)
@@ -339,7 +339,7 @@ def _check_eval(config: EvalConfig) -> None:
         raise UsageError(f"eval.samples={config.samples} would all be the same at eval.temperature=0: set it to 1, say")
 
 
-def _check_off_policy(config: RLConfig, max_steps_off_policy: int) -> None:
+def check_off_policy(config: RLConfig, max_steps_off_policy: int) -> None:
     if max_steps_off_policy < 0:
         raise UsageError(f"max_steps_off_policy={max_steps_off_policy}: expected at least 0 (wait for every batch)")
     if max_steps_off_policy and config.resample_constant:

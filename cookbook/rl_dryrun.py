@@ -22,8 +22,8 @@ from cookbook.env_drive import opening
 from cookbook.environments import problems_of
 from cookbook.errors import UsageError
 from cookbook.renderers import load_renderer
-from cookbook.rl import RLConfig, check_config, limits_of, training_problems
-from cookbook.schedule import default_learning_rate, learning_rate_at, peak_learning_rate
+from cookbook.rl import RLConfig, check_config, check_off_policy, limits_of, training_problems
+from cookbook.schedule import check_optim, default_learning_rate, peak_learning_rate
 from cookbook.service import connect, start_of
 from cookbook.tool_prompt import told_of_tools
 from core.clients import ServiceClient
@@ -57,6 +57,8 @@ class Workload:
 def dry_run(config: RLConfig, console: Console) -> None:
     """Print all of it; UsageError where a run would stop."""
     check_config(config)
+    check_off_policy(config, getattr(config, "max_steps_off_policy", 0))
+    check_optim(config.learning_rate, config.optim)
     service = connect(config.service, Path("checkpoints"), config.engine)
     if config.init_from is not None:
         start_of(service, config.init_from)
@@ -106,8 +108,8 @@ def _model_lines(config: RLConfig, load: Workload, dtype: torch.dtype, device: t
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return [f"no estimate of memory and time: the configuration of {config.model.name} cannot be had ({reason})"]
     _check_room(config, load, config.model.name, model.config.max_position_embeddings)
-    peak = config.learning_rate or default_learning_rate(shape.hidden_size, model.config.model_type, "rl")
-    learning_rate_at(0, config.steps, peak, config.optim)  # refuses an unknown schedule
+    default = default_learning_rate(shape.hidden_size, model.config.model_type, "rl")
+    peak = default if config.learning_rate is None else config.learning_rate
     plan = load.plan(config)
     cache = plan.step_tokens * shape.num_layers * (shape.qkv_size - shape.q_size) * dtype.itemsize
     # Sampling takes half the FLOP of training, but products of few rows reach half the rate.

@@ -164,7 +164,7 @@ def _turns(value: Mapping[str, object], column: str, roles: Mapping[str, str]) -
 
 
 def read_completion(value: Mapping[str, object]) -> Row:
-    prompt, completion = value["prompt"], value["completion"]
+    prompt, completion = decoded_messages(value["prompt"]), decoded_messages(value["completion"])
     if isinstance(prompt, list) != isinstance(completion, list):
         raise RowProblem("wrong columns", "prompt and completion must both be text or both be lists of messages")
     if isinstance(prompt, list) and isinstance(completion, list):
@@ -361,6 +361,12 @@ def _json(text: str, where: str) -> object:
     except json.JSONDecodeError as error:
         reason = "broken tools" if where == "tools" else "broken tool call"
         raise RowProblem(reason, f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+
+
+def decoded_messages(cell: object) -> object:
+    """The same of messages only, in columns that may as well hold a text."""
+    decoded = decoded_list(cell)
+    return decoded if isinstance(decoded, list) and all(isinstance(m, dict) and "role" in m for m in decoded) else cell
 
 
 def decoded_list(cell: object) -> object:

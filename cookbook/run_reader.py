@@ -16,6 +16,7 @@ from cookbook import records
 from cookbook.checkpoints import CheckpointRow
 from cookbook.errors import UsageError
 from cookbook.keys import did_you_mean
+from cookbook.overrides import typed_words
 from cookbook.remote_adapter import local_adapter, place_of
 
 State: TypeAlias = Literal["running", "completed", "interrupted", "failed", "killed"]
@@ -149,7 +150,8 @@ def read_run(run: str | Path) -> PastRun:
     else:
         unreadable += [f"run.json has no {key}" for key in ("recipe", "overrides") if key not in record]
     record = record or {}
-    return PastRun(directory, str(record.get("recipe", "")), config, list(record.get("overrides", [])), record, unreadable)
+    words = typed_words(record) if "overrides" in record else []
+    return PastRun(directory, str(record.get("recipe", "")), config, words, record, unreadable)
 
 
 def find_run(run: str | Path) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cookbook import provenance, records
 from cookbook.errors import UsageError
-from cookbook.overrides import key_of
+from cookbook.overrides import key_of, typed_words
 
 
 def prepare(run_dir: Path, *, recipe: str, config_yaml: str, overrides: list[str]) -> None:
@@ -21,7 +21,7 @@ def prepare(run_dir: Path, *, recipe: str, config_yaml: str, overrides: list[str
     if record_file.exists():
         record = json.loads(record_file.read_text())
         record["resumed"] = [*record.get("resumed", []), {**session, "overrides": overrides}]
-        overrides = [*record["overrides"], *(item for item in overrides if item not in record["overrides"])]
+        overrides = typed_words(record)
         diff_file = run_dir / f"code-resumed-{len(record['resumed'])}.diff"
     else:
         record = {"recipe": recipe, "overrides": overrides, **session}

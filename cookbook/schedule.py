@@ -46,6 +46,12 @@ def peak_learning_rate(
     given: float | None, optim: OptimConfig, info: ModelInfo, recipe: Literal["sft", "rl", "dpo"]
 ) -> float:
     """The rate asked for, else the model's default; what no step could be taken with is refused before the first."""
+    check_optim(given, optim)
+    return default_learning_rate(info.hidden_size, info.model_type, recipe) if given is None else given
+
+
+def check_optim(given: float | None, optim: OptimConfig) -> None:
+    """UsageError for a learning rate, or for parameters of AdamW, with which no step could be taken."""
     _check_schedule(optim)
     at_least_0 = {
         "learning_rate": given, "optim.warmup_steps": optim.warmup_steps, "optim.min_ratio": optim.min_ratio,
@@ -59,7 +65,6 @@ def peak_learning_rate(
             raise UsageError(f"{key}={value:g}: expected a number from 0 on, below 1")
     if not 0 < optim.eps < math.inf:
         raise UsageError(f"optim.eps={optim.eps:g}: expected a number above 0")
-    return default_learning_rate(info.hidden_size, info.model_type, recipe) if given is None else given
 
 
 def _check_schedule(optim: OptimConfig) -> None:

@@ -10,8 +10,8 @@ from cookbook.overrides import key_of
 from cookbook.run_reader import falls
 
 
-def sweep_file(kind: str, words: Sequence[str], metric: str | None, compose: ComposeJob) -> str:
-    """YAML. UsageError for what no job could be composed with."""
+def sweep_file(kind: str, words: Sequence[str], metric: str | None, compose: ComposeJob, options: Sequence[str] = ()) -> str:
+    """YAML; `options` go into the command. UsageError for what no job could be composed with."""
     import yaml
 
     if named := [word for word in words if key_of(word) in OWN]:
@@ -31,7 +31,7 @@ def sweep_file(kind: str, words: Sequence[str], metric: str | None, compose: Com
             "method": "random" if any(axis.is_interval for axis in found.values()) else "grid",
             "metric": {"name": name, "goal": goal},
             "parameters": {key: _parameter(key, axis) for key, axis in found.items()},
-            "command": ["${env}", "cook", kind, *parts.constant, "log.wandb=online", "${args_no_hyphens}"],
+            "command": ["${env}", "cook", kind, *parts.constant, *options, "log.wandb=online", "${args_no_hyphens}"],
         },
         sort_keys=False,
     )

@@ -14,7 +14,7 @@ from core.lora import Geometry
 from core.losses import LOSSES
 
 MAX_RANK = 512
-LARGEST = torch.finfo(torch.float32).max  # a whole number may be above it, and above all floats
+LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass
@@ -37,7 +37,7 @@ def check_config(loss_fn: str, loss_fn_config: Mapping[str, float] | None) -> di
     for key, value in given.items():
         if key not in defaults:
             raise ValueError(f"loss_fn_config of {loss_fn} has no key '{key}', it knows {sorted(defaults) or 'none'}")
-        if not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
+        if not abs(_as_float(value)) <= LARGEST:
             raise ValueError(f"loss_fn_config['{key}'] is {value!r}, expected a finite number")
     config = {**defaults, **given}
     _check_bounds(config)
@@ -65,8 +65,16 @@ def check_adam(adam: AdamParams) -> None:
             low, high, expected = torch.finfo(torch.float32).tiny, LARGEST, "a number above 0 (in fp32)"
         else:
             low, high, expected = 0.0, LARGEST, "a number from 0 on"
-        if not isinstance(value, Real) or not low <= value < high:
+        if not low <= _as_float(value) < high:
             raise ValueError(f"{key} is {value!r}, expected {expected}")
+
+
+def _as_float(value: object) -> float:
+    """NaN for what is no number, infinity for a whole number above all floats."""
+    try:
+        return float(value) if isinstance(value, Real) else float("nan")
+    except OverflowError:
+        return float("inf")
 
 
 def check_rank(rank: int, geometry: Geometry) -> None:

@@ -315,6 +315,19 @@ def test_rows_given_here_are_all_measured(run: Path, home: Path, capsys: pytest.
     assert "file/nll" in out and ".." in out
 
 
+def test_what_is_left_out_of_a_measurement_is_told(run: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    test = write_rows(home / "with-a-bad-one.jsonl", [*map(chat, range(20)), {"messages": []}])
+    out, _ = lines_of(["eval", str(run), f"data={test}", "--against", "base"], capsys)
+    assert out.count("21 rows: 20 usable, 1 rejected") == 1
+
+
+def test_all_prompts_of_a_file_are_measured(run: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reward = home / "lengths.py"
+    reward.write_text(REWARD)
+    words = ["eval", str(run), f"data={prompts(home, 7)}", f"reward={reward}:short", "--max-tokens", "4"]
+    assert json_of(words, capsys)["figures"]["prompts-7/reward"]["num_items"] == 7
+
+
 # ---- generate
 
 REWARD = "def short(completions, **columns):\n    return [-float(len(text)) for text in completions]\n"

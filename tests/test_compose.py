@@ -227,6 +227,14 @@ def test_a_recipe_may_have_an_env_of_its_own_choice(tmp_path: Path) -> None:
     assert config(compose_file(mine, ["env=guess_number"])).env["name"] == "guess_number"
 
 
+def test_passes_that_are_asked_for_take_the_place_of_the_steps_of_a_preset() -> None:
+    assert compose("sft", []).config.steps == 60
+    assert compose("sft", ["epochs=3"]).config.steps is None
+    assert compose("sft", ["epochs=3", "steps=5"]).config.steps == 5
+    saved = {"steps": 60, "epochs": 1.0}
+    assert recompose("sft/chat", saved, ["epochs=2"]).config.steps is None
+
+
 def test_prompts_of_ones_own_take_the_place_of_the_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mine = learner(tmp_path, env='{"name": "arithmetic", "digits": 2}')
     (tmp_path / "my.prompts.jsonl").touch()

@@ -16,6 +16,7 @@ from tests.small_runs import (
     contents,
     metrics,
     newest,
+    read_lines,
     repeatable,
     result,
     saved_steps,
@@ -86,6 +87,19 @@ def test_kto_learns_from_rated_replies(tmp_path: Path) -> None:
     assert train(tmp_path / "run", data, "dpo", recipe="kto", steps=16) == 0
     assert result(tmp_path / "run")["eval"]["after"]["held_out/accuracy"] == 1.0
     assert max(row["dpo/z"] for row in metrics(tmp_path / "run")[1:]) >= 0.0
+
+
+def test_mistakes_of_a_kind_are_compared_with_all_wanted_replies_where_these_have_none(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"say {i}", "completion": "aab"[i % 3] * 4, "label": i % 3 < 2, **({"kind": "b's"} if i % 3 == 2 else {})}
+        for i in range(60)
+    ]
+    data = write_rows(tmp_path / "rated.jsonl", rows)
+    assert train(tmp_path / "run", data, "dpo", recipe="kto", steps=2, data_eval_rows=12, eval_prompts=2) == 0
+    after = result(tmp_path / "run")["eval"]["after"]
+    assert after["held_out/accuracy/b's"] == pytest.approx(after["held_out/accuracy"])
+    asked = read_lines(tmp_path / "run" / "rollouts" / "samples-000000.jsonl")
+    assert {row["expected"] for row in asked} == {"aaaa"}
 
 
 def test_kto_needs_another_reply_in_the_batch(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from core import AdamParams, EngineOptions, ModelNotFound, ServiceClient, clients
+from core import AdamParams, EngineOptions, ModelInput, ModelNotFound, SamplingParams, ServiceClient, clients
 from core.futures import Future
 from core.request import Call
-from tests.tiny import data, flat, new_client, service_at, tiny_model_dir
+from tests.tiny import data, flat, held, new_client, service_at, tiny_model_dir
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LENGTHS = (5, 17, 30)
@@ -179,6 +179,69 @@ def test_a_closed_client_says_so_and_its_adapter_is_freed(tmp_path: Path) -> Non
         gc.collect()
     assert adapter() is None
     other.close()
+
+
+def test_a_closed_client_loads_no_base_to_say_so(tmp_path: Path) -> None:
+    client = new_client(tmp_path)
+    client.close()
+    with pytest.raises(RuntimeError, match=r"^this client is closed$"):
+        client.save_weights_and_get_sampling_client()
+    assert not clients._engines
+
+
+def test_a_client_forgotten_with_work_in_the_queue_holds_nobody_up(tmp_path: Path) -> None:
+    """The engine's thread drops the last reference to it, and its end asks for the lock of the table of engines."""
+    keep, forgotten = new_client(tmp_path), new_client(tmp_path)
+    asked: list[Future] = []
+    with clients._engines_lock:
+        with held(keep.engine):
+            forgotten.save_state("x")
+            del forgotten
+        time.sleep(0.3)
+        thread = threading.Thread(target=lambda: asked.append(keep.forward(data(LENGTHS), "cross_entropy")), daemon=True)
+        thread.start()
+        thread.join(5)
+        assert not thread.is_alive()
+    asked[0].result(10)
+    keep.close()
+
+
+def test_an_adapter_that_cannot_come_back_fails_its_own_request_only(tmp_path: Path) -> None:
+    service = ServiceClient(tmp_path, EngineOptions("float32", "cpu", park_after=0.1))
+    lost, other = (service.create_lora_training_client(str(tiny_model_dir()), 4).result() for _ in range(2))
+    deadline = time.monotonic() + 5
+    while not lost.adapter.parked and time.monotonic() < deadline:
+        time.sleep(0.02)
+    lost.adapter._home = torch.device("cuda", 99)
+    with pytest.raises((RuntimeError, AssertionError)):
+        lost.forward(data(LENGTHS), "cross_entropy").result(10)
+    other.forward(data(LENGTHS), "cross_entropy").result(10)
+    for client in (lost, other):
+        client.close()
+
+
+def test_an_engine_that_ends_tells_all_who_wait_and_makes_room_for_another(tmp_path: Path) -> None:
+    client = new_client(tmp_path)
+    with held(client.engine):
+        waiting = client.forward(data(LENGTHS), "cross_entropy")
+        client.engine.submit(client.engine.join(), object())  # type: ignore[arg-type]
+    with pytest.raises(AttributeError):
+        waiting.result(10)
+    with pytest.raises(RuntimeError, match=r"^this client is closed$"):
+        client.forward(data(LENGTHS), "cross_entropy")
+    another = new_client(tmp_path)
+    another.forward(data(LENGTHS), "cross_entropy").result(10)
+    for one in (client, another):
+        one.close()
+    assert not clients._engines
+
+
+def test_what_is_held_back_still_runs_after_its_client_has_left(tmp_path: Path) -> None:
+    sampler = service_at(tmp_path).create_sampling_client(base_model=str(tiny_model_dir())).result()
+    with sampler.together():
+        future = sampler.sample(ModelInput.from_ints([5, 6, 7]), 1, SamplingParams(max_tokens=3))
+        sampler.close()
+    assert len(future.result(10).sequences[0].tokens) <= 3
 
 
 def test_a_process_may_end_in_the_middle_of_a_pass(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from cookbook.cli import main
 from cookbook.config import ModelConfig
-from cookbook.exporting.card import card
+from cookbook.exporting.card import _without_folders, card
 from cookbook.exporting.subject import Subject
 from core import Datum
 from core.merge import Merged, in_shards
@@ -166,6 +166,21 @@ def test_shards_are_cut_by_size_and_nothing_is_lost() -> None:
     shards = list(in_shards(infos, 20_000))
     assert [info for shard in shards for info in shard] == infos
     assert all(len(shard) == 1 or sum(info.num_bytes for info in shard) <= 20_000 for shard in shards)
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("/home/me/rows.jsonl", "rows.jsonl"),
+        ("{/home/me/a.jsonl: 0.5, ~/b.jsonl: 1}", "{a.jsonl: 0.5, b.jsonl: 1}"),
+        ("rewards./home/me/my.py:score", "rewards.my.py:score"),
+        ("Qwen/Qwen3-8B", "Qwen/Qwen3-8B"),
+        ("http://localhost:8000/v1", "http://localhost:8000/v1"),
+        ("../rows/a.jsonl", "../rows/a.jsonl"),
+    ],
+)
+def test_a_card_names_no_folder_of_the_machine(text: str, kept: str) -> None:
+    assert _without_folders(text) == kept
 
 
 @pytest.mark.parametrize(("name", "loaded"), [

@@ -117,6 +117,14 @@ def test_a_copy_is_made_anew_when_and_only_when_an_adapter_has_moved() -> None:
     assert not copies._copies
 
 
+def test_snapshots_that_nobody_holds_leave_nothing_behind() -> None:
+    adapter = random_adapter(2, 0)
+    for _ in range(20):
+        adapter.snapshot()
+        adapter.make_own()
+    assert len(adapter._lent) <= 1
+
+
 def test_in_fp32_one_adapter_alone_is_used_without_a_copy() -> None:
     adapter = random_adapter(2, 0)
     assert ComputeCopies(torch.float32).get([adapter]) is adapter.params

@@ -56,6 +56,8 @@ def test_sixteen_replies_to_one_prompt_take_its_rows_once() -> None:
     tokens = [torch.tensor(prompt + [rng.randrange(100) for _ in range(12)]) for _ in group]
     group = [type(a)(0, i, a.adapter, t, a.targets, None) for i, (a, t) in enumerate(zip(group, tokens, strict=True))]
     assert [len(batch) for batch in cut(in_order(group, True), 512)] == [16]
+    whole = cut(in_order(group, False), 512)  # CUDA's kernel, and engine.exact: each takes all of its own
+    assert [len(batch) for batch in whole] == [4] * 4
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3"])

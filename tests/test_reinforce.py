@@ -252,6 +252,14 @@ def test_failing_rewards_are_counted_and_the_run_goes_on(
     assert len(said) == 1 and "RewardError" in said[0]
 
 
+def test_an_evaluation_counts_what_fails_as_nothing_earned(tmp_path: Path, task: Path) -> None:
+    assert rl(tmp_path / "run", task, "steps=1", "eval.problems=8", reward="sometimes") == 0
+    row, attempts = metrics(tmp_path / "run")[0], rollouts(tmp_path / "run")["eval-000000"]
+    failed = [attempt for attempt in attempts if attempt["error"]]
+    assert row["eval/held_out/errors/RewardError"] == len(failed) > 0
+    assert row["eval/held_out/reward"] == pytest.approx(sum(attempt["reward"] for attempt in attempts) / 8)
+
+
 def test_a_run_without_a_single_good_rollout_ends_in_one_line(
     tmp_path: Path, task: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

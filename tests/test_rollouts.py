@@ -12,14 +12,20 @@ from pathlib import Path
 
 import pytest
 
+from cookbook.config import DataConfig
+from cookbook.data import prepare
 from cookbook.errors import UsageError
+from cookbook.generate import Config as GenerateConfig
+from cookbook.generate import _rows as generated_rows
 from cookbook.limits import Limits
 from cookbook.rollout_metrics import env_metrics, eval_metrics, kind_of, pass_at, step_metrics
 from cookbook.rollouts import Group, Rollouts, rollout, seed_of
+from cookbook.row_report import RowReport
 from cookbook.trajectories import Trajectory
 from core import SamplingParams
 from envs.env import Attempts, Env, Message, Problem, StepResult
 from tests.scripted_sampler import CUT, ScriptedSampler, tiny_renderer
+from tests.small_runs import write_rows
 
 RENDERER = tiny_renderer()
 TOOL_RENDERER = tiny_renderer(
@@ -145,6 +151,19 @@ def test_what_looks_like_a_call_is_text_where_there_are_no_tools() -> None:
 
 
 # ---- tools
+
+
+@pytest.mark.parametrize("renderer", [TOOL_RENDERER, RENDERER], ids=["template with tools", "template without"])
+def test_a_talk_with_tools_trains_on_the_prompts_that_the_policy_saw(renderer, tmp_path: Path) -> None:
+    """As `cook generate` writes it."""
+    client = sampler(lambda prompt, params: "It is 5." if "<|im_start|>tool\n5<|im_end|>" in prompt else CALL, renderer)
+    (group,) = run([Attempts(Adder)], client, group_size=1)
+    written = write_rows(tmp_path / "made.jsonl", generated_rows(group, GenerateConfig(), True))
+    read, _ = prepare(DataConfig(name="file", path=str(written)), renderer, 4000)
+    ((sequence,),) = read(RowReport())
+    (turn, last) = group.trajectories[0].transitions
+    assert sequence.tokens.tolist()[: last.observation.length] == last.observation.to_ints()
+    assert sequence.tokens.tolist()[turn.observation.length :][: len(turn.tokens)] == turn.tokens
 
 
 @pytest.mark.parametrize("renderer", [TOOL_RENDERER, RENDERER], ids=["template with tools", "template without"])

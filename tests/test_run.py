@@ -222,6 +222,8 @@ def test_resume_cuts_the_record_back_to_the_checkpoint(tmp_path: Path) -> None:
         assert [path.name for path in (tmp_path / "rollouts").iterdir()] == ["000004.jsonl"]
         assert run.evals == {"before": {"held_out/nll": 3.0}}
         assert run.step == 4 and run.seconds >= seconds
+        assert (tmp_path / "result.json").exists()  # until the run goes on: it may still be refused
+        run.begin(8)
         assert not (tmp_path / "result.json").exists()
         train(run, 5, 6)
     assert steps_of(tmp_path) == [0, 1, 2, 3, 4, 5, 6]

@@ -29,9 +29,11 @@ if TYPE_CHECKING:
 class Config(Shared):
     beta: float = 0.1  # the gap aimed at is 1 / (2 beta) nats per token: 5 at 0.1; larger keeps the policy nearer
 
+    def __post_init__(self) -> None:
+        check_between("beta", self.beta, 0)
+
 
 def main(config: Config) -> None:
-    check_between("beta", config.beta, 0)
     with Run(config, "dpo/ipo", best="eval/held_out/accuracy", best_is="max") as run:
         session = Session(run, config, load_pairs, partial(score, config))
         for step in session.steps():

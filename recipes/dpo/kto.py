@@ -40,12 +40,14 @@ class Config(Shared):
     desirable_weight: float = 1.0  # of wanted replies; raise it when there are fewer of them
     undesirable_weight: float = 1.0
 
+    def __post_init__(self) -> None:
+        for key in ("beta", "desirable_weight", "undesirable_weight"):
+            check_between(key, getattr(self, key), 0)
+        if self.batch_size < 2:
+            raise UsageError(f"batch_size={self.batch_size}: kto needs replies to other prompts, give at least 2")
+
 
 def main(config: Config) -> None:
-    for key in ("beta", "desirable_weight", "undesirable_weight"):
-        check_between(key, getattr(config, key), 0)
-    if config.batch_size < 2:
-        raise UsageError(f"batch_size={config.batch_size}: kto needs replies to other prompts, give at least 2")
     with Run(config, "dpo/kto", best="eval/held_out/accuracy", best_is="max") as run:
         session = Session(run, config, load_rated, partial(score, config))
         trainer, reference = session.trainer, session.reference

@@ -59,10 +59,12 @@ class Config(Shared):
     beta: float = 0.1  # what a nat more than the reference gives is worth; larger keeps the policy nearer to it
     label_smoothing: float = 0.0  # share of pairs taken to be the wrong way round, below 0.5
 
+    def __post_init__(self) -> None:
+        check_between("beta", self.beta, 0)
+        check_between("label_smoothing", self.label_smoothing, 0, 0.5, with_low=True)
+
 
 def main(config: Config) -> None:
-    check_between("beta", config.beta, 0)
-    check_between("label_smoothing", config.label_smoothing, 0, 0.5, with_low=True)
     with Run(config, "dpo/pairs", best="eval/held_out/accuracy", best_is="max") as run:
         session = Session(run, config, load_pairs, partial(score, config))
         for step in session.steps():

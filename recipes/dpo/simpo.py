@@ -29,9 +29,11 @@ class Config(Shared):
     beta: float = 2.0  # what a nat per token is worth
     gamma: float = 1.0  # by how much the chosen reward is to exceed the rejected one
 
+    def __post_init__(self) -> None:
+        check_between("beta", self.beta, 0)
+
 
 def main(config: Config) -> None:
-    check_between("beta", config.beta, 0)
     with Run(config, "dpo/simpo", best="eval/held_out/accuracy", best_is="max") as run:
         session = Session(run, config, load_pairs, partial(score, config), with_reference=False)
         for step in session.steps():

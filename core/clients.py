@@ -65,8 +65,8 @@ def _acquire(base_model: str, options: EngineOptions) -> tuple[tuple, Engine]:
 def _release(key: tuple, engine: Engine, tenant: Tenant, adapter: Adapter | None) -> None:
     engine.leave(tenant, adapter)
     with _engines_lock:
-        found, count = _engines[key]
-        if found is not engine:  # one that had ended, and another has its place
+        found, count = _engines.get(key, (None, 0))
+        if found is not engine:  # it had ended, and another took its place
             return
         if count > 1:
             _engines[key] = (engine, count - 1)

@@ -151,7 +151,8 @@ class Engine:
             log.exception("the engine of %s has ended", self.base_model)
             with self._wake:
                 self._stopping = True
-            for operation in [*self._arrivals, *(operation for tenant in self._tenants for operation in tenant.queue)]:
+                waiting = [*self._arrivals, *(operation for tenant in self._tenants for operation in tenant.queue)]
+            for operation in waiting:
                 operation.future.set_exception(error)
             self._passes.fail_all(error)
             self.sampler.fail_all(error)
@@ -207,21 +208,19 @@ class Engine:
                     tenant.adapter.park()
 
     def _take_up_heads(self) -> None:
-        """An operation of each client's. The locals end without the lock: one may be the last to hold a client, whose end
-        asks for other locks."""
+        """An operation of each client's. The locals end without the lock: the last to hold a client may be among them."""
         with self._wake:
             heads = [(tenant, tenant.queue.popleft()) for tenant in self._ready]
         for tenant, operation in heads:
             try:
-                if tenant.adapter is not None and tenant.adapter.parked:
-                    tenant.adapter.unpark()
-            except BaseException as error:  # no memory for it: others may have what they need
-                operation.future.set_exception(error)
-            else:
                 self._take_up(tenant, operation)
+            except BaseException as error:  # no memory, say: others may have what they need
+                operation.future.set_exception(error)
 
     def _take_up(self, tenant: Tenant, operation: PassRequest | Call) -> None:
         tenant.used = time.monotonic()
+        if tenant.adapter is not None and tenant.adapter.parked:
+            tenant.adapter.unpark()
         if isinstance(operation, Call):
             operation.future.resolve(operation.work)
         elif operation.custom is None:

@@ -31,14 +31,14 @@ class Trajectory:
     attempt: int = 0  # its place among the envs of its problem
     transitions: list[Transition] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)  # the whole conversation; replies carry no tokens here
-    rendered: list[Message] = field(default_factory=list)  # the same as its prompts have it; replies carry their tokens
-    tools: list[dict[str, Any]] | None = None  # schemas that its prompts tell of; None: none, or the messages do
     reward: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
     ended: Ended = "done"
     advantage: float | None = None  # the recipe's; None: not trained on
     error: str | None = None  # "KeyError: 'x' (my_env.py:12)"
     limit: str | None = None  # that ended it, with its numbers: "limits.context=1024, the prompt has 3,012 tokens"
+    rendered: list[Message] = field(default_factory=list)  # `messages` as its prompts have them; replies carry their tokens
+    tools: list[dict[str, Any]] | None = None  # schemas that its prompts tell of; None: none, or the messages do
 
     @property
     def error_type(self) -> str | None:

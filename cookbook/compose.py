@@ -224,8 +224,10 @@ def _prompts_or_env(config_type: type, overrides: list[str]) -> list[str]:
 def _epochs_or_steps(config_type: type, overrides: list[str]) -> list[str]:
     """Passes over the rows that somebody asks for take the place of the steps that a file, or an earlier session, chose."""
     typed = {key_of(word) for word in overrides}
+    if "epochs" not in typed or "steps" in typed:
+        return overrides
     may_be_null = type(None) in get_args(get_type_hints(config_type).get("steps"))
-    return [*overrides, "steps=null"] if "epochs" in typed and "steps" not in typed and may_be_null else overrides
+    return [*overrides, "steps=null"] if may_be_null else overrides
 
 
 def _schema(config_type: type) -> DictConfig:

@@ -33,7 +33,7 @@ TRAIN_ON = ("last", "all", "everything", "flags")
 OVERLONG = ("drop", "truncate", "error")
 
 AnyRow = TypeVar("AnyRow")
-Say = Callable[..., None]  # of a line, or of something else that rich prints
+Say = Callable[[str], None]
 Example = tuple["ModelInput", list[float]]  # tokens and, for each, its weight as a target
 
 
@@ -237,8 +237,8 @@ def load_supervised(
         lines = [*report.lines(), f"{split}, {data.epoch_steps:,} steps per epoch"]
     for line in lines:
         say(line)
-    if (table := data.report.table()) is not None:
-        say(table)
+    if console is not None and (table := data.report.table()) is not None:
+        console.print(table)
     return data
 
 

@@ -272,7 +272,7 @@ class Session(Generic[AnyUnit]):
     def _figures(self, parts: Sequence[Part[AnyUnit]], policy: Sequence[Tensor]) -> dict[str, float]:
         scored = _together([self.score(part, sums) for part, sums in zip(parts, policy, strict=True)])
         figures = {"loss": float(scored.loss.mean())}
-        if len(scored.chosen_reward) and len(scored.rejected_reward):  # unpaired replies may all be of one sort
+        if _comparable(scored):
             chosen, rejected = float(scored.chosen_reward.mean()), float(scored.rejected_reward.mean())
             figures |= {"accuracy": accuracy(scored), "margin": chosen - rejected}
             figures |= {"chosen_reward": chosen, "rejected_reward": rejected}
@@ -293,13 +293,7 @@ class Session(Generic[AnyUnit]):
                 taken = Part([part.units[i] for i in keep], [part.data[i] for i in places], reference)
                 chosen.append(self.score(taken, sums[places]))
         scored = _together(chosen)
-        has_both = len(scored.chosen_reward) and len(scored.rejected_reward)
-        return {f"accuracy/{kind}": accuracy(scored)} if has_both else {}
-
-
-def _wanted(unit: Unit) -> bool:
-    """Whether its first reply is a wanted one: of a pair, and of the single replies the desirable."""
-    return getattr(unit, "desirable", True)
+        return {f"accuracy/{kind}": accuracy(scored)} if _comparable(scored) else {}
 
 
 @dataclass(frozen=True)
@@ -354,6 +348,11 @@ def wins(scored: Scored) -> Tensor:
     return (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
 
 
+def _comparable(scored: Scored) -> bool:
+    """Whether there are replies of both sorts; unpaired ones may all be of one."""
+    return len(scored.chosen_reward) > 0 and len(scored.rejected_reward) > 0
+
+
 def are_paired(scored: Scored) -> bool:
     return len(scored.chosen_reward) == len(scored.rejected_reward) == len(scored.loss)
 
@@ -362,7 +361,12 @@ def wanted_of(units: Sequence[Unit]) -> Tensor:
     """Which replies are wanted: the first of a pair, rated ones by their label [D]."""
     import torch
 
-    return torch.tensor([j == 0 and getattr(unit, "desirable", True) for unit in units for j in range(len(unit.sequences))])
+    return torch.tensor([j == 0 and _wanted(unit) for unit in units for j in range(len(unit.sequences))])
+
+
+def _wanted(unit: Unit) -> bool:
+    """Whether its first reply is wanted: that of a pair, or one rated so."""
+    return getattr(unit, "desirable", True)
 
 
 def _together(scored: Sequence[Scored]) -> Scored:

@@ -202,9 +202,7 @@ def _problems(own: Config, config: Any, console: Console) -> Iterator[Problem]:
 
     if config.env:
         return itertools.islice(problem_stream(config.env, own.split, config.seed), own.problems)
-    scoring = {"reward": config.reward, "rewards": config.rewards, "judge": config.judge}
-    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-    return iter(every_prompt(config.data, say, **scoring))
+    return iter(every_prompt(config, partial(console.print, markup=False, highlight=False, soft_wrap=True)))
 
 
 def _rows(group: Group, own: Config, has_reward: bool) -> Iterator[records.Row]:

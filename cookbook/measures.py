@@ -186,7 +186,7 @@ def measures_of(found: Found, words: Sequence[str], choice: Choice, say: Callabl
         raise UsageError(f"{unknown[0]}=...: cook eval takes {', '.join(known)} and options (--help){meant}")
     if keys & set(SCORED):
         config = compose("rl", list(words)).config
-        return [_scored_prompts(config, choice, say) if "data" in keys and not config.env else _scored(config, choice, say)]
+        return [_scored(config, choice, say, whole="data" in keys and not config.env)]
     if keys:
         config = compose("sft", list(words)).config
         return [RowLoss(config.data.name, lambda one: _every_row(config, one, say))]
@@ -235,23 +235,17 @@ def _rows_of_run(kind: str, past: PastRun, config: Any) -> Measure:
     return Preference(read, partial(load_recipe(past.recipe).score, config), origin)
 
 
-def _scored(config: Any, choice: Choice, say: Callable[[str], None]) -> Measure:
-    """The env, or the prompts with rewards, of an RL Config."""
+def _scored(config: Any, choice: Choice, say: Callable[[str], None], whole: bool = False) -> Measure:
+    """The env, or the prompts with rewards, of an RL Config; `whole`: all of its prompts, held out or not."""
     from cookbook.environments import problems_of
+    from cookbook.prompts import every_prompt
     from cookbook.rl import eval_name
 
     choice = replace(choice, max_tokens=choice.max_tokens or config.max_tokens)
+    if whole:
+        prompts = cache(lambda: every_prompt(config, say))
+        return EnvScore(Path(config.data.path or config.data.name).stem, lambda: iter(prompts()), choice, config.limits, say)
     return EnvScore(eval_name(config), lambda: problems_of(config, "eval"), choice, config.limits, say)
-
-
-def _scored_prompts(config: Any, choice: Choice, say: Callable[[str], None]) -> Measure:
-    """All prompts of a file or a set that one names, held out or not."""
-    from cookbook.prompts import every_prompt
-
-    choice = replace(choice, max_tokens=choice.max_tokens or config.max_tokens)
-    scoring = {"reward": config.reward, "rewards": config.rewards, "judge": config.judge}
-    problems = cache(lambda: every_prompt(config.data, say, **scoring))
-    return EnvScore(Path(config.data.path or config.data.name).stem, lambda: iter(problems()), choice, config.limits, say)
 
 
 def _scored_env(env: dict[str, Any], choice: Choice, say: Callable[[str], None]) -> Measure:

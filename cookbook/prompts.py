@@ -25,6 +25,8 @@ from envs.env import Attempts, Problem
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from cookbook.environments import Task
+
 ASKING = ("prompt", "question", "problem", "query", "instruction")  # columns that may hold a prompt, the first one wins
 NOT_COLUMNS = ("prompt", "prompts", "completion", "completions")  # as in TRL: a reward function gets these otherwise
 
@@ -45,9 +47,7 @@ def prompt_stream(
     `console` gets a few lines on what was found.
     """
     parts = load_rewards(reward, rewards, judge)
-    report = RowReport()
-    prompts = read_prompts(data, report)
-    check_columns(parts, prompts, report.name)
+    prompts, report = _prompts_for(parts, data)
     train, held_out = split_prompts(prompts, seed, data.eval_rows)
     if console is not None:
         for line in (*report.lines(), f"{len(train):,} prompts to train on, {len(held_out):,} held out"):
@@ -58,17 +58,21 @@ def prompt_stream(
     return (problem(prompt, parts) for prompt in itertools.islice(chosen, skip, None))
 
 
-def every_prompt(
-    data: PromptsConfig, say: Callable[[str], None], *, reward: str | None, rewards: Mapping[str, float], judge: JudgeConfig
-) -> list[Problem]:
+def every_prompt(config: Task, say: Callable[[str], None]) -> list[Problem]:
     """All usable prompts in their order, once each, scored if there are rewards; `say` gets a few lines on what was found."""
-    parts = load_rewards(reward, rewards, judge) if reward or rewards else []
-    report = RowReport()
-    prompts = read_prompts(data, report)
-    check_columns(parts, prompts, report.name)
+    has_rewards = config.reward or config.rewards
+    parts = load_rewards(config.reward, config.rewards, config.judge) if has_rewards else []
+    prompts, report = _prompts_for(parts, config.data)
     for line in report.lines():
         say(line)
     return [problem(prompt, parts) for prompt in prompts]
+
+
+def _prompts_for(rewards: list[Reward], data: PromptsConfig) -> tuple[list[Prompt], RowReport]:
+    report = RowReport()
+    prompts = read_prompts(data, report)
+    check_columns(rewards, prompts, report.name)
+    return prompts, report
 
 
 def problem(prompt: Prompt, rewards: list[Reward]) -> Problem:

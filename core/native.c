@@ -112,7 +112,7 @@ void swiglu_with_gradient(const T *restrict gate_up, const T *restrict da, T *re
   }
 }
 
-/* rotary embedding of one head, to be read from `in` and written elsewhere; sign -1 turns back */
+/* rotary embedding of one head, perhaps in place; sign -1 turns back */
 #define TURN(in, to, c, s, sign, half) \
   for (long i = 0; i < (half); i++) { \
     float first = load((in)[i]), second = load((in)[i + (half)]), of_cos = load((c)[i]), of_sin = (sign) * load((s)[i]); \
@@ -126,55 +126,38 @@ static inline float inverse_rms(const T *restrict head, long size, float eps) {
   return 1.0f / __builtin_sqrtf(sum / (float)size + eps);
 }
 
-/* of each row the q, then kv heads: normed if there are weights, then turned; the others as they are */
-void rotated(const T *restrict y, const T *restrict cosine, const T *restrict sine, const float *restrict q_weight,
-             const float *restrict k_weight, float q_eps, float k_eps, T *restrict out, long rows, long q, long kv, long size) {
+/* Of each row the q, then kv heads: normed if there are weights, then turned; the others as they are. Or, with `back`, the
+   gradient of that for `given`, the output's; `raw`, the heads themselves, is read then where there are weights. */
+void rotated(const T *restrict given, const T *restrict raw, const T *restrict cosine, const T *restrict sine,
+             const float *restrict q_weight, const float *restrict k_weight, float q_eps, float k_eps, T *restrict out, long rows,
+             long q, long kv, long size, long back) {
   long heads = q + 2 * kv, half = size / 2;
+  float sign = back ? -1.0f : 1.0f;
   #pragma omp parallel for schedule(static) if (rows * heads * size > SMALL)
   for (long t = 0; t < rows; t++) {
     const T *c = cosine + t * half, *s = sine + t * half;
-    T normed[size];
+    T between[size];
     for (long h = 0; h < q + kv; h++) {
-      const T *in = y + (t * heads + h) * size;
+      const T *in = given + (t * heads + h) * size;
       T *to = out + (t * heads + h) * size;
-      if (q_weight) {
-        const float *weight = h < q ? q_weight : k_weight;
-        float scale = inverse_rms(in, size, h < q ? q_eps : k_eps);
-        for (long i = 0; i < size; i++) normed[i] = store(load(in[i]) * scale * weight[i]);
-        TURN(normed, to, c, s, 1.0f, half)
+      const float *weight = h < q ? q_weight : k_weight;
+      float eps = h < q ? q_eps : k_eps;
+      if (!weight) {
+        TURN(in, to, c, s, sign, half)
+      } else if (!back) {
+        float scale = inverse_rms(in, size, eps);
+        for (long i = 0; i < size; i++) between[i] = store(load(in[i]) * scale * weight[i]);
+        TURN(between, to, c, s, sign, half)
       } else {
-        TURN(in, to, c, s, 1.0f, half)
-      }
-    }
-    for (long i = (t * heads + q + kv) * size; i < (t + 1) * heads * size; i++) out[i] = y[i];
-  }
-}
-
-/* dy of the above; y is read where there are weights */
-void rotated_backward(const T *restrict d_out, const T *restrict y, const T *restrict cosine, const T *restrict sine,
-                      const float *restrict q_weight, const float *restrict k_weight, float q_eps, float k_eps,
-                      T *restrict dy, long rows, long q, long kv, long size) {
-  long heads = q + 2 * kv, half = size / 2;
-  #pragma omp parallel for schedule(static) if (rows * heads * size > SMALL)
-  for (long t = 0; t < rows; t++) {
-    const T *c = cosine + t * half, *s = sine + t * half;
-    T turned[size];
-    for (long h = 0; h < q + kv; h++) {
-      const T *in = d_out + (t * heads + h) * size;
-      T *to = dy + (t * heads + h) * size;
-      if (q_weight) {
-        const T *x = y + (t * heads + h) * size;
-        const float *weight = h < q ? q_weight : k_weight;
-        float scale = inverse_rms(x, size, h < q ? q_eps : k_eps), along = 0.0f;
-        TURN(in, turned, c, s, -1.0f, half)
-        for (long i = 0; i < size; i++) along += load(turned[i]) * weight[i] * load(x[i]);
+        const T *x = raw + (t * heads + h) * size;
+        float scale = inverse_rms(x, size, eps), along = 0.0f;
+        TURN(in, between, c, s, sign, half)
+        for (long i = 0; i < size; i++) along += load(between[i]) * weight[i] * load(x[i]);
         along *= scale * scale * scale / (float)size;
-        for (long i = 0; i < size; i++) to[i] = store(load(turned[i]) * weight[i] * scale - load(x[i]) * along);
-      } else {
-        TURN(in, to, c, s, -1.0f, half)
+        for (long i = 0; i < size; i++) to[i] = store(load(between[i]) * weight[i] * scale - load(x[i]) * along);
       }
     }
-    for (long i = (t * heads + q + kv) * size; i < (t + 1) * heads * size; i++) dy[i] = d_out[i];
+    for (long i = (t * heads + q + kv) * size; i < (t + 1) * heads * size; i++) out[i] = given[i];
   }
 }
 

@@ -146,11 +146,9 @@ def rotated(
     given = y if d_out is None else d_out
     assert given is not None and (weights is None or y is not None)
     given, out = given.contiguous(), torch.empty(given.shape, dtype=given.dtype)
-    how = (cos.contiguous(), sin.contiguous(), *(weights or (None, None)), *eps, out, len(out), heads.q, heads.kv, heads.size)
-    if d_out is None:
-        _call("rotated", out.dtype, given, *how)
-    else:
-        _call("rotated_backward", out.dtype, given, None if weights is None or y is None else y.contiguous(), *how)
+    raw = y.contiguous() if y is not None and weights is not None and d_out is not None else None
+    _call("rotated", given.dtype, given, raw, cos.contiguous(), sin.contiguous(), *(weights or (None, None)), *eps, out,
+          len(given), heads.q, heads.kv, heads.size, int(d_out is not None))  # fmt: skip
     return out
 
 

@@ -139,16 +139,10 @@ static void swiglu_of(const step *s, long layer, const float *h) {
 static void turn_head(const step *s, T *head, const float *weight, const T *cosine, const T *sine) {
   long half = s->size / 2;
   if (weight) {
-    float sum = 0.0f;
-    for (long i = 0; i < s->size; i++) sum += load(head[i]) * load(head[i]);
-    float scale = 1.0f / __builtin_sqrtf(sum / (float)s->size + s->head_eps);
+    float scale = inverse_rms(head, s->size, s->head_eps);
     for (long i = 0; i < s->size; i++) head[i] = store(load(head[i]) * scale * weight[i]);
   }
-  for (long i = 0; i < half; i++) {
-    float first = load(head[i]), second = load(head[i + half]), c = load(cosine[i]), d = load(sine[i]);
-    head[i] = store(first * c - second * d);
-    head[i + half] = store(second * c + first * d);
-  }
+  TURN(head, head, cosine, sine, 1.0f, half)
 }
 
 /* Row t looks at key head h of its past; qkv [heads, size] and attended [q heads, size] are its own. */

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import shutil
 import subprocess
 import sys
 import threading
@@ -182,8 +183,10 @@ def test_a_closed_client_says_so_and_its_adapter_is_freed(tmp_path: Path) -> Non
 
 
 def test_a_closed_client_loads_no_base_to_say_so(tmp_path: Path) -> None:
-    client = new_client(tmp_path)
+    base = shutil.copytree(tiny_model_dir(), tmp_path / "base")
+    client = service_at(tmp_path).create_lora_training_client(str(base), 4).result()
     client.close()
+    shutil.rmtree(base)
     with pytest.raises(RuntimeError, match=r"^this client is closed$"):
         client.save_weights_and_get_sampling_client()
     assert not clients._engines
@@ -223,10 +226,11 @@ def test_an_adapter_that_cannot_come_back_fails_its_own_request_only(tmp_path: P
 def test_an_engine_that_ends_tells_all_who_wait_and_makes_room_for_another(tmp_path: Path) -> None:
     client = new_client(tmp_path)
     with held(client.engine):
-        waiting = client.forward(data(LENGTHS), "cross_entropy")
+        begun, waiting = (client.forward(data(LENGTHS), "cross_entropy") for _ in range(2))
         client.engine.submit(client.engine.join(), object())  # type: ignore[arg-type]
-    with pytest.raises(AttributeError):
-        waiting.result(10)
+    for future in (begun, waiting):
+        with pytest.raises(AttributeError):
+            future.result(10)
     with pytest.raises(RuntimeError, match=r"^this client is closed$"):
         client.forward(data(LENGTHS), "cross_entropy")
     another = new_client(tmp_path)
@@ -241,6 +245,7 @@ def test_what_is_held_back_still_runs_after_its_client_has_left(tmp_path: Path) 
     with sampler.together():
         future = sampler.sample(ModelInput.from_ints([5, 6, 7]), 1, SamplingParams(max_tokens=3))
         sampler.close()
+        time.sleep(0.3)  # the engine has seen it go
     assert len(future.result(10).sequences[0].tokens) <= 3
 
 

@@ -103,6 +103,7 @@ void swiglu_with_gradient(const T *restrict gate_up, const T *restrict da, T *re
   for (long t = 0; t < rows; t++) {
     const T *gate = gate_up + 2 * t * width, *up = gate + width, *d = da + t * width;
     T *row = out + t * width, *d_gate = d_gate_up + 2 * t * width, *d_up = d_gate + width;
+    #pragma omp simd
     for (long i = 0; i < width; i++) {
       float g = load(gate[i]), u = load(up[i]), of = load(d[i]), s = 1.0f / (1.0f + exponential(-g));
       row[i] = store(g * s * u);

@@ -18,6 +18,7 @@ from itertools import accumulate
 import torch
 
 from core import native
+from core.packed_attention import PackedAttention, Table
 
 BLOCK = 256  # queries per block; sequences up to this length keep their attention weights for backward
 PAD_PREFIX_TO = 16  # the same for the keys before them
@@ -90,6 +91,7 @@ class Layout:
     """How the rows of one micro-batch fall into sequences, made once and used by every layer."""
 
     heads: Heads
+    table: Table | None  # for one call of C; the groups are for elsewhere
     groups: list[Group]
     out_index: torch.Tensor  # [T * q]: where each output row lies in the concatenated group outputs
     grad_index: torch.Tensor  # [T * total]: where each row of d(qkv) lies in the concatenated group gradients
@@ -112,7 +114,8 @@ def make_layout(extents: Sequence[Extent], heads: Heads, device: torch.device, d
     grad_index = torch.empty(num_rows, heads.total, dtype=torch.int64)
     groups: list[Group] = []
     shared: list[Shared] = []
-    if varlen_between(device, dtype) is None:
+    table = Table.of(extents) if device.type == "cpu" and native.packs(dtype, heads.size) else None
+    if table is None and varlen_between(device, dtype) is None:
         out_offset = grad_offset = 0
         used: list[tuple[torch.Tensor, torch.Tensor]] = []  # rows used as prefix, where the gradients of their k and v lie
         for members, length in _group_alike(extents):
@@ -121,7 +124,7 @@ def make_layout(extents: Sequence[Extent], heads: Heads, device: torch.device, d
             out_offset, grad_offset = _invert(members, group, heads, out_index, grad_index, out_offset, grad_offset, used)
         shared = _shared(used, grad_index, heads, device, dtype)
     return Layout(
-        heads, groups, out_index.view(-1).to(device), grad_index.view(-1).to(device), shared,
+        heads, table, groups, out_index.view(-1).to(device), grad_index.view(-1).to(device), shared,
         torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device), max(lengths), num_rows,
     )  # fmt: skip
 
@@ -218,6 +221,8 @@ def _shared(
 
 def attend(qkv: torch.Tensor, layout: Layout, scaling: float) -> torch.Tensor:
     """Attention of packed rows: qkv [T, heads.total, size] (q and k already rotated) -> [T, heads.q * size]."""
+    if layout.table is not None:
+        return PackedAttention.apply(qkv, layout.table, layout.heads, scaling)  # pyright: ignore[reportReturnType]
     kernel = varlen_between(qkv.device, qkv.dtype)
     if kernel is not None:
         heads, ends, longest = layout.heads, layout.cu_seqlens, layout.max_length

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from core.attention import Heads
 
 log = logging.getLogger("cook.engine")
-NAMES = ("native_wide.c", "native_step.c", "native_sampling.c", "native.c")  # each includes the next
+NAMES = ("native_attention.c", "native_wide.c", "native_step.c", "native_sampling.c", "native.c")  # each includes the next
 SOURCES = [Path(__file__).with_name(name) for name in NAMES]
 FLAGS = (
     "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
@@ -167,6 +167,24 @@ def cached_attention(
     v [slots, kv, room, size] and look at all up to their positions; rows of out [T, heads.q, size]. Indices [n] int64."""
     _call("cached_attention", qkv.dtype, qkv, out, rows, slots, positions, k, v, scaling,
           len(rows), v.shape[2], heads.q, heads.kv, heads.size)  # fmt: skip
+
+
+def packs(dtype: torch.dtype, size: int) -> bool:
+    """Whether packed_attention takes heads of that size."""
+    return size % 16 == 0 and available() and bool(_library(dtype).packs())
+
+
+def packed_attention(*values: torch.Tensor | float | int) -> None:
+    """Both directions: see core/packed_attention.py, which makes the tables."""
+    first = values[0]
+    assert isinstance(first, torch.Tensor)
+    _call("packed_attention", first.dtype, *values)
+
+
+def packed_attention_backward(*values: torch.Tensor | float | int) -> None:
+    first = values[0]
+    assert isinstance(first, torch.Tensor)
+    _call("packed_attention_backward", first.dtype, *values)
 
 
 def logits_of_few(weight: torch.Tensor, h: torch.Tensor, shift: torch.Tensor) -> torch.Tensor | None:

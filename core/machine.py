@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from core.decoder import Decoder
 
 CPU_TOKEN_BUDGET = 1024  # tokens per micro-batch: products run at nearly full speed, activations take 18 kB a token-layer
-AMX_TOKEN_BUDGET = 2048  # below 1,500 rows oneDNN leaves one of two cores idle in products of few columns
+BF16_TOKEN_BUDGET = 2048  # with AMX oneDNN leaves one of two cores idle in products of few columns below 1,500 rows
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def activation_bytes(num_layers: int, hidden: int, qkv: int, attended: int, inte
 def token_budget(device: torch.device, bytes_per_token: int, element: int, reserved: int = 0) -> int:
     """Tokens per micro-batch; values of `element` bytes. On CUDA what activations can take of what is free but `reserved`."""
     if device.type == "cpu":
-        return AMX_TOKEN_BUDGET if element == 2 and torch.cpu._is_amx_tile_supported() else CPU_TOKEN_BUDGET
+        return BF16_TOKEN_BUDGET if element == 2 else CPU_TOKEN_BUDGET
     fits = int(0.6 * (torch.cuda.mem_get_info(device)[0] - reserved) / bytes_per_token)
     return max(256, min(16_384, fits // 256 * 256))
 

@@ -83,7 +83,8 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith("flags")), platform.processor())
 
 
-def _call(name: str, dtype: torch.dtype, *values: torch.Tensor | float | int | None) -> None:
+def call(name: str, dtype: torch.dtype, *values: torch.Tensor | float | int | None) -> None:
+    """A function of the C code as it is for values of that type."""
     getattr(_library(dtype), name)(*map(_argument, values))
 
 
@@ -101,7 +102,7 @@ def normed(
     x, given = x.contiguous(), inverse is not None
     inverse = x.new_empty(len(x), 1) if inverse is None else inverse
     h = torch.empty(x.shape, dtype=dtype)
-    _call("normed", dtype, x, weight, eps, inverse, int(given), h, *x.shape)
+    call("normed", dtype, x, weight, eps, inverse, int(given), h, *x.shape)
     return h, inverse
 
 
@@ -110,14 +111,14 @@ def normed_backward(
 ) -> torch.Tensor:
     """dx [T, d] fp32."""
     x, dx = x.contiguous(), torch.empty_like(x)
-    _call("normed_backward", dh.dtype, dh.contiguous(), x, weight, inverse, add, dx, *x.shape)
+    call("normed_backward", dh.dtype, dh.contiguous(), x, weight, inverse, add, dx, *x.shape)
     return dx
 
 
 def added(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """x [T, d] fp32 + y."""
     out = torch.empty_like(x)
-    _call("added", y.dtype, x, y, out, *x.shape)
+    call("added", y.dtype, x, y, out, *x.shape)
     return out
 
 
@@ -125,14 +126,14 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """[T, 2 width] -> [T, width]."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, width)
-    _call("swiglu", gate_up.dtype, gate_up, out, rows, width)
+    call("swiglu", gate_up.dtype, gate_up, out, rows, width)
     return out
 
 
 def swiglu_with_gradient(gate_up: torch.Tensor, da: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(swiglu(gate_up), d gate_up)."""
     out, d_gate_up = torch.empty_like(da), torch.empty_like(gate_up)
-    _call("swiglu_with_gradient", gate_up.dtype, gate_up, da, out, d_gate_up, *da.shape)
+    call("swiglu_with_gradient", gate_up.dtype, gate_up, da, out, d_gate_up, *da.shape)
     return out, d_gate_up
 
 
@@ -147,7 +148,7 @@ def rotated(
     assert given is not None and (weights is None or y is not None)
     given, out = given.contiguous(), torch.empty(given.shape, dtype=given.dtype)
     raw = y.contiguous() if y is not None and weights is not None and d_out is not None else None
-    _call("rotated", given.dtype, given, raw, cos.contiguous(), sin.contiguous(), *(weights or (None, None)), *eps, out,
+    call("rotated", given.dtype, given, raw, cos.contiguous(), sin.contiguous(), *(weights or (None, None)), *eps, out,
           len(given), heads.q, heads.kv, heads.size, int(d_out is not None))  # fmt: skip
     return out
 
@@ -155,7 +156,7 @@ def rotated(
 def causal_softmax(scores: torch.Tensor, scaling: float, left: torch.Tensor, group: int) -> torch.Tensor:
     """softmax(scaling * scores) in place. scores [batch, queries * group, keys], left [batch] int32: see core/native.c."""
     batch, rows, keys = scores.shape
-    _call("causal_softmax", scores.dtype, scores, scaling, left, batch, rows // group, group, keys)
+    call("causal_softmax", scores.dtype, scores, scaling, left, batch, rows // group, group, keys)
     return scores
 
 
@@ -165,26 +166,13 @@ def cached_attention(
 ) -> None:  # fmt: skip
     """New rows of qkv [T, heads.total, size] put their keys and values into a layer's k [slots, kv, room / 16, size, 16] and
     v [slots, kv, room, size] and look at all up to their positions; rows of out [T, heads.q, size]. Indices [n] int64."""
-    _call("cached_attention", qkv.dtype, qkv, out, rows, slots, positions, k, v, scaling,
+    call("cached_attention", qkv.dtype, qkv, out, rows, slots, positions, k, v, scaling,
           len(rows), v.shape[2], heads.q, heads.kv, heads.size)  # fmt: skip
 
 
 def packs(dtype: torch.dtype, size: int) -> bool:
-    """Whether packed_attention takes heads of that size."""
+    """Whether packed_attention is there, and takes heads of that size."""
     return size % 16 == 0 and available() and bool(_library(dtype).packs())
-
-
-def packed_attention(*values: torch.Tensor | float | int) -> None:
-    """Both directions: see core/packed_attention.py, which makes the tables."""
-    first = values[0]
-    assert isinstance(first, torch.Tensor)
-    _call("packed_attention", first.dtype, *values)
-
-
-def packed_attention_backward(*values: torch.Tensor | float | int) -> None:
-    first = values[0]
-    assert isinstance(first, torch.Tensor)
-    _call("packed_attention_backward", first.dtype, *values)
 
 
 def logits_of_few(weight: torch.Tensor, h: torch.Tensor, shift: torch.Tensor) -> torch.Tensor | None:
@@ -193,13 +181,8 @@ def logits_of_few(weight: torch.Tensor, h: torch.Tensor, shift: torch.Tensor) ->
     if h.device.type != "cpu" or n > FEW[h.dtype] or not available() or (h.dtype == torch.bfloat16 and wide_rows()):
         return None
     out = h.new_empty(len(weight), n)
-    _call("few_logits", h.dtype, weight, h.float().contiguous(), shift.float().contiguous(), out, n, d, len(weight))
+    call("few_logits", h.dtype, weight, h.float().contiguous(), shift.float().contiguous(), out, n, d, len(weight))
     return out
-
-
-def decode_step(function: str, dtype: torch.dtype, *values: torch.Tensor | float | int) -> None:
-    """A decode step by one of the C code's two: see core/native_step.py, which makes the tables that they take."""
-    _call(function, dtype, *values)
 
 
 @functools.cache

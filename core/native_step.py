@@ -61,7 +61,7 @@ class NativeStep:
         decoder, heads, first = self.decoder, self.decoder.heads, self.decoder.layers[0]
         x = F.embedding(tokens, decoder.embedding).float()
         cosine, sine = decoder.rotary_tables(x, positions)
-        native.decode_step(
+        native.call(
             self.function, decoder.dtype, self.layers, self.places, positions, *self.adapters, cosine, sine, x, *self.scratch,
             len(x), self.d, heads.q, heads.kv, heads.size, self.width, len(decoder.layers), *self.counts,
             first.attention_norm.eps, first.q_norm.eps if first.q_norm is not None else 0.0, float(decoder.scaling),

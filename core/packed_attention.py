@@ -55,7 +55,7 @@ class PackedAttention(torch.autograd.Function):
     def forward(ctx, qkv: torch.Tensor, table: Table, heads: Heads, scaling: float) -> torch.Tensor:
         out = qkv.new_empty(len(qkv), heads.q, heads.size)
         kept = torch.empty(len(qkv), heads.q, 2, dtype=torch.float32)
-        native.packed_attention(*_given(qkv, table, heads, scaling), out, kept)
+        native.call("packed_attention", qkv.dtype, *_given(qkv, table, heads, scaling), out, kept)
         ctx.save_for_backward(qkv, kept)
         ctx.table, ctx.heads, ctx.scaling = table, heads, scaling
         return out.view(len(qkv), -1)
@@ -65,8 +65,9 @@ class PackedAttention(torch.autograd.Function):
         qkv, kept = ctx.saved_tensors
         table, heads, d_qkv = ctx.table, ctx.heads, torch.empty_like(qkv)
         d_parts = torch.empty(len(table.places), 2 * heads.kv, heads.size, dtype=torch.float32)
-        native.packed_attention_backward(
-            *_given(qkv, table, heads, ctx.scaling), kept, d_out.contiguous(), d_qkv, table.parts, d_parts,
+        native.call(
+            "packed_attention_backward", qkv.dtype, *_given(qkv, table, heads, ctx.scaling),
+            kept, d_out.contiguous(), d_qkv, table.parts, d_parts,
             table.shared, table.shared_ends, table.places, len(table.shared),
         )  # fmt: skip
         return d_qkv, None, None, None

@@ -38,6 +38,22 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AMX: the processor's own, or the same C code with tiles emulated where the rest of it runs."""
+    import torch
+
+    from core import native
+    from tests.tiles import emulated
+
+    if not native.packs(torch.bfloat16, 16):
+        pytest.skip("no C compiler, or a processor without products in bf16")
+    if not native.wide_rows():
+        library, plain = emulated(), native._library
+        monkeypatch.setattr(native, "_library", lambda dtype: library if dtype == torch.bfloat16 else plain(dtype))
+        monkeypatch.setattr(native, "wide_rows", library.wide_rows)
+
+
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of 40 conversations of 31 to 38 tokens."""

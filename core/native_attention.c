@@ -9,8 +9,10 @@
 #ifdef BF16
 #include <immintrin.h>
 #define PAIR 2
+typedef uint32_t __attribute__((may_alias)) unit; /* two values that are summed at once */
 #else
 #define PAIR 1
+typedef T unit;
 #endif
 #ifdef __AVX512F__
 #define ACROSS 4 /* vectors of a row at once */
@@ -131,13 +133,8 @@ static void product(const T *a, long lda, const T *b, long ldb, float *c, long l
 
 /* rows [n, size], `count` of them real, as the right factor of a product over `size`: [size / PAIR, n, PAIR] */
 static void as_columns(const T *rows, T *to, long count, long n, long size) {
-#ifdef BF16
-  const uint32_t *from = (const uint32_t *)rows;
-  uint32_t *out = (uint32_t *)to;
-#else
-  const T *from = rows;
-  T *out = to;
-#endif
+  const unit *from = (const unit *)rows;
+  unit *out = (unit *)to;
   long width = size / PAIR;
   for (long j = 0; j < n; j += 16)
     for (long d = 0; d < width; d++)
@@ -149,7 +146,7 @@ static void as_rows(const T *rows, T *to, long n, long size) {
 #ifdef BF16
   for (long j = 0; j < n; j += 2) {
     const T *even = rows + j * size, *odd = even + size;
-    uint32_t *out = (uint32_t *)(to + j * size);
+    unit *out = (unit *)(to + j * size);
     #pragma omp simd
     for (long d = 0; d < size; d++) out[d] = (uint32_t)even[d] | (uint32_t)odd[d] << 16;
   }
@@ -165,7 +162,7 @@ static void gathered(const packed *p, long extent, long head, T *to, long n) {
   memset(to + count * p->size, 0, (size_t)((n - count) * p->size) * sizeof(T));
 }
 
-/* The rows of `count` positions from `position` on for the heads that share keys, from [rows, heads, size]; zeros up to `padded`. */
+/* `count` rows of [rows, heads, size], of each the heads that share keys; zeros up to `padded`. */
 static void queries_of(const T *from, const int64_t *rows, long count, long heads, long first_head, long group, long size, long padded,
                        T *to) {
   for (long i = 0; i < count; i++)
@@ -272,7 +269,7 @@ static void attend_one_backward(const packed *p, long extent, long head, const f
       const float *row = scores + j * padded, *d_row = d_weights + j * padded;
       T *w = weights + j * padded, *s = d_scores + j * padded;
 #ifdef BF16
-      uint32_t *both = (uint32_t *)(d_pairs + j * padded);
+      unit *both = (unit *)(d_pairs + j * padded);
       #pragma omp simd
       for (long r = 0; r < padded; r++) {
         T even = store(row[r] * (d_row[r] - along[r])), odd = store(row[r + padded] * (d_row[r + padded] - along[r]));

@@ -105,7 +105,7 @@ class AttentionInput(torch.autograd.Function):
         dy = dy.view(dy.shape[0], -1)
         dh = dy @ layer.qkv.weight
         h, _ = normalise(x, layer.attention_norm, batch.dtype, inverse)
-        add_lora_backward(h, dy, dh, ctx.kept, layer.qkv.site, batch.segments)
+        add_lora_backward(h, dy, dh, ctx.kept, layer.qkv.site, batch.segments, batch.exact)
         return normalise_backward(dh, x, inverse, layer.attention_norm), None, None
 
 
@@ -125,7 +125,7 @@ class AttentionOutput(torch.autograd.Function):
         (a,) = ctx.saved_tensors
         dy = d_out.to(ctx.batch.dtype)
         da = dy @ ctx.layer.output.weight
-        add_lora_backward(a, dy, da, ctx.kept, ctx.layer.output.site, ctx.batch.segments)
+        add_lora_backward(a, dy, da, ctx.kept, ctx.layer.output.site, ctx.batch.segments, ctx.batch.exact)
         return d_out, da, None, None
 
 
@@ -150,10 +150,10 @@ class Mlp(torch.autograd.Function):
         layer, batch = ctx.layer, ctx.batch
         dy = d_out.to(batch.dtype)
         da = dy @ layer.down.weight
-        dus = lora_input_gradient(dy, da, ctx.kept_down, layer.down.site, batch.segments)
+        dus = lora_input_gradient(dy, da, ctx.kept_down, layer.down.site, batch.segments, batch.exact)
         a, d_gate_up = swiglu_backward(gate_up, da)
-        add_a_gradient(a, dus, layer.down.site, batch.segments)
+        add_a_gradient(a, dus, layer.down.site, batch.segments, batch.exact)
         dh = d_gate_up @ layer.gate_up.weight
         h, _ = normalise(x, layer.mlp_norm, batch.dtype, inverse)
-        add_lora_backward(h, d_gate_up, dh, ctx.kept, layer.gate_up.site, batch.segments)
+        add_lora_backward(h, d_gate_up, dh, ctx.kept, layer.gate_up.site, batch.segments, batch.exact)
         return normalise_backward(dh, x, inverse, layer.mlp_norm, add=d_out), None, None

@@ -8,12 +8,12 @@ product and enters as the product's bias before the one rounding: what matters t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 
-from core.lora import Segment, mm_into
+from core.lora import Segment, SiteRows, mm_into
 
 UNEMBED = "unembed"
 ROW_MULTIPLE = 32  # rows of a chunk: few distinct shapes
@@ -53,48 +53,72 @@ def run_head(
     logprobs = torch.empty(targets.shape, dtype=torch.float32, device=h.device)
     dh = torch.empty_like(h) if gradient_of is not None else None
     step = chunk_rows(h.device)
-    for part in parts:
-        for start in range(part.rows.start, part.rows.stop, step):
-            rows = slice(start, min(start + step, part.rows.stop))
+    for start, stop in [(p.rows.start, p.rows.stop) for p in parts] if exact else [(0, len(h))]:
+        for first in range(start, stop, step):
+            rows = slice(first, min(first + step, stop))
             n = rows.stop - rows.start
             fill = (0, 0, 0, -n % (step if exact else ROW_MULTIPLE))
-            chunk = _Chunk(head, F.pad(h[rows], fill), F.pad(targets[rows], fill), part, rows)
+            chunk = _Chunk(head, F.pad(h[rows], fill), F.pad(targets[rows], fill), _pieces(parts, rows, n + fill[3]))
             logprobs[rows] = chunk.logprobs[:n]
             if gradient_of is not None and dh is not None:
                 dh[rows] = chunk.backward(F.pad(gradient_of(rows, chunk.logprobs[:n]), fill))[:n]
     return logprobs, dh
 
 
+@dataclass
+class _Piece:
+    """Rows of a chunk whose segment adapts the unembedding; u is the scaled h A^T [rows, R], b [V, R]."""
+
+    rows: slice
+    segment: Segment
+    site: SiteRows
+    scale: torch.Tensor | float
+    b: torch.Tensor
+    u: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def scaled(self, u: torch.Tensor) -> torch.Tensor:
+        return u if isinstance(self.scale, float) and self.scale == 1.0 else u.mul_(self.scale)
+
+
+def _pieces(parts: Sequence[Part], rows: slice, filled: int) -> list[_Piece]:
+    """Of a chunk of `rows`, filled up to so many; a piece that is all of them is filled up too."""
+    found = []
+    for part in parts:
+        start, stop = max(part.rows.start, rows.start), min(part.rows.stop, rows.stop)
+        site = part.segment.geometry.sites.get(UNEMBED)
+        if site is None or start >= stop:
+            continue
+        scale, mine = part.scale, slice(start - rows.start, stop - rows.start)
+        if isinstance(scale, torch.Tensor):
+            scale = scale[start - part.rows.start : stop - part.rows.start]
+        if start == rows.start and stop == rows.stop:
+            mine = slice(0, filled)
+            scale = F.pad(scale, (0, 0, 0, filled - len(scale))) if isinstance(scale, torch.Tensor) else scale
+        found.append(_Piece(mine, part.segment, site, scale, part.segment.factors[site.b[0]]))
+    return found
+
+
 class _Chunk:
     """One chunk: `exp` holds exp(logit - shift) as [V, n] with zeros at the first targets, `total` its sum with them, fp32."""
 
-    def __init__(self, head: Head, h: torch.Tensor, targets: torch.Tensor, part: Part, rows: slice) -> None:
-        self.head, self.h, self.targets, self.segment = head, h, targets, part.segment
-        self.site = part.segment.geometry.sites.get(UNEMBED)
-        self.u = self.b = None
-        if self.site is not None:
-            local = slice(rows.start - part.rows.start, rows.stop - part.rows.start)
-            self.scale = part.scale
-            if isinstance(part.scale, torch.Tensor):
-                self.scale = F.pad(part.scale[local], (0, 0, 0, len(h) - (rows.stop - rows.start)))
-            self.u = self._scaled(h @ self.segment.a(self.site, self.segment.factors))
-            self.b = self.segment.factors[self.site.b[0]]
+    def __init__(self, head: Head, h: torch.Tensor, targets: torch.Tensor, pieces: list[_Piece]) -> None:
+        self.head, self.h, self.targets, self.pieces = head, h, targets, pieces
+        for piece in pieces:
+            piece.u = piece.scaled(h[piece.rows] @ piece.segment.a(piece.site, piece.segment.factors))
         target_logits = self._target_logits()
         self._exponentiate(target_logits[:, 0], target_logits[:, 0].to(h.dtype))
         if not bool(torch.isfinite(self.total).all()):  # some logit is over 80 above the target's: shift by the largest
             self._exponentiate(target_logits[:, 0], self._logits(torch.zeros_like(h[:, 0])).amax(0))
         self.logprobs = target_logits - (self.total.log() + self.shift.float()).unsqueeze(1)
 
-    def _scaled(self, u: torch.Tensor) -> torch.Tensor:
-        return u if isinstance(self.scale, float) and self.scale == 1.0 else u.mul_(self.scale)
-
     def _target_logits(self) -> torch.Tensor:
         """[n, K] fp32: dot products for the targets alone."""
         logits = torch.linalg.vecdot(self.h.float().unsqueeze(1), F.embedding(self.targets, self.head.weight).float())
         if self.head.bias is not None:
             logits += self.head.bias[self.targets].float()
-        if self.u is not None and self.b is not None:
-            logits += torch.linalg.vecdot(self.u.float().unsqueeze(1), F.embedding(self.targets, self.b).float())
+        for piece in self.pieces:
+            b = F.embedding(self.targets[piece.rows], piece.b).float()
+            logits[piece.rows] += torch.linalg.vecdot(piece.u.float().unsqueeze(1), b)
         return logits
 
     def _logits(self, shift: torch.Tensor) -> torch.Tensor:
@@ -102,8 +126,8 @@ class _Chunk:
         logits = F.linear(self.head.weight, self.h, -shift)
         if self.head.bias is not None:
             logits += self.head.bias.unsqueeze(1)
-        if self.u is not None and self.b is not None:
-            logits.addmm_(self.b, self.u.T)
+        for piece in self.pieces:
+            logits[:, piece.rows].addmm_(piece.b, piece.u.T)
         return logits
 
     def _exponentiate(self, target_logit: torch.Tensor, shift: torch.Tensor) -> None:
@@ -123,13 +147,14 @@ class _Chunk:
         for k in range(g.shape[1]):
             d_logits.index_put_((self.targets[:, k], columns), at_targets[:, k].to(d_logits.dtype), accumulate=True)
         dh = d_logits.T @ self.head.weight
-        if self.site is None or self.u is None or self.b is None:
-            return dh
-        du = self._scaled(d_logits.T @ self.b)
-        if self.segment.grad is not None:
-            _add_product(self.segment.grad[self.site.b[0]], d_logits, self.u)
-            _add_product(self.segment.a(self.site, self.segment.grad), self.h.T, du)
-        return dh.addmm_(du, self.segment.a(self.site, self.segment.factors).T)
+        for piece in self.pieces:
+            segment, mine, h = piece.segment, d_logits[:, piece.rows], self.h[piece.rows]
+            du = piece.scaled(mine.T @ piece.b)
+            if segment.grad is not None:
+                _add_product(segment.grad[piece.site.b[0]], mine, piece.u)
+                _add_product(segment.a(piece.site, segment.grad), h.T, du)
+            dh[piece.rows].addmm_(du, segment.a(piece.site, segment.factors).T)
+        return dh
 
 
 def _column_sums(exp: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from core import native_lora
 from core.datum import AdamParams, LoraConfig
 from core.exact import tiled
 
@@ -317,6 +318,8 @@ def add_lora(
     x: torch.Tensor, y: torch.Tensor, name: str, segments: Sequence[Segment], exact: bool = False
 ) -> list[torch.Tensor | None]:
     """y [T, d_out] += s (x A^T) B^T for each segment's rows; returns the scaled x A^T [t, m * R] of each for backward."""
+    if not exact and native_lora.takes(x, name, segments):
+        return native_lora.add(x, y, name, segments)
     kept: list[torch.Tensor | None] = []
     for segment in segments:
         rows = segment.geometry.sites.get(name)
@@ -342,15 +345,19 @@ def add_lora_backward(
     kept: Sequence[torch.Tensor | None],
     name: str,
     segments: Sequence[Segment],
+    exact: bool = False,
 ) -> None:
     """dx [T, d_in] += the adapters' part; dA and dB go to each segment's `grad`."""
-    add_a_gradient(x, lora_input_gradient(dy, dx, kept, name, segments), name, segments)
+    add_a_gradient(x, lora_input_gradient(dy, dx, kept, name, segments, exact), name, segments, exact)
 
 
 def lora_input_gradient(
-    dy: torch.Tensor, dx: torch.Tensor, kept: Sequence[torch.Tensor | None], name: str, segments: Sequence[Segment]
+    dy: torch.Tensor, dx: torch.Tensor, kept: Sequence[torch.Tensor | None], name: str, segments: Sequence[Segment],
+    exact: bool = False,
 ) -> list[torch.Tensor | None]:
     """The part of the above that does not need x; returns d (x A^T) [t, m * R] of each segment."""
+    if not exact and native_lora.takes(dx, name, segments):
+        return native_lora.input_gradient(dy, dx, kept, name, segments)
     found: list[torch.Tensor | None] = []
     for segment, u in zip(segments, kept, strict=True):
         rows = segment.geometry.sites.get(name)
@@ -368,8 +375,13 @@ def lora_input_gradient(
     return found
 
 
-def add_a_gradient(x: torch.Tensor, dus: Sequence[torch.Tensor | None], name: str, segments: Sequence[Segment]) -> None:
+def add_a_gradient(
+    x: torch.Tensor, dus: Sequence[torch.Tensor | None], name: str, segments: Sequence[Segment], exact: bool = False
+) -> None:
     """dA of each segment, for x [T, d_in]."""
+    if not exact and native_lora.takes(x, name, segments):
+        native_lora.a_gradient(x, dus, name, segments)
+        return
     for segment, du in zip(segments, dus, strict=True):
         if du is not None and segment.grad is not None:
             rows = segment.geometry.sites[name]

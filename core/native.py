@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from core.attention import Heads
 
 log = logging.getLogger("cook.engine")
-NAMES = ("native_attention.c", "native_wide.c", "native_step.c", "native_sampling.c", "native.c")  # each includes the next
+NAMES = (  # each includes the next
+    "native_lora.c", "native_attention.c", "native_wide.c", "native_step.c", "native_sampling.c", "native.c",
+)  # fmt: skip
 SOURCES = [Path(__file__).with_name(name) for name in NAMES]
 FLAGS = (
     "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
@@ -171,7 +173,7 @@ def cached_attention(
 
 
 def packs(dtype: torch.dtype, size: int) -> bool:
-    """Whether packed_attention is there, and takes heads of that size."""
+    """Whether the products of core/native_attention.c are there, and take that width."""
     return size % 16 == 0 and available() and bool(_library(dtype).packs())
 
 

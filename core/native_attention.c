@@ -16,10 +16,11 @@ typedef T unit;
 #endif
 #ifdef __AVX512F__
 #define ACROSS 4 /* vectors of a row at once */
+#define NARROW 8 /* rows at once of one or two vectors */
 #else
 #define ACROSS 2
+#define NARROW 4
 #endif
-#define DOWN 4      /* rows at once */
 #define MOST_ROWS 64 /* queries at once: positions times the heads that share keys */
 
 typedef struct {
@@ -35,16 +36,14 @@ static inline long up_to(long n, long multiple) { return (n + multiple - 1) / mu
 
 static void *room(long values, long bytes) { return aligned_alloc(64, (size_t)up_to(values * bytes, 64)); }
 
-static inline __attribute__((always_inline)) void block(const T *a, long lda, const T *b, long ldb, float *c, long ldc, long k, int vectors,
-                                                        int add) {
-  lanes sums[DOWN][ACROSS];
-  for (int r = 0; r < DOWN; r++)
-    for (int v = 0; v < vectors; v++) sums[r][v] = add ? load_floats(c + r * ldc + v * LANES) : (lanes){0};
+/* sums [rows][vectors] += a b; all but the pointers known when this is compiled */
+static inline __attribute__((always_inline)) void block(const T *a, long lda, const T *b, long ldb, long k, int rows, int vectors,
+                                                        lanes sums[NARROW][ACROSS]) {
   for (long i = 0; i < k; i += PAIR) {
 #ifdef BF16
     __m512bh right[ACROSS];
     for (int v = 0; v < vectors; v++) right[v] = (__m512bh)_mm512_loadu_si512(b + i * ldb + v * 32);
-    for (int r = 0; r < DOWN; r++) {
+    for (int r = 0; r < rows; r++) {
       int32_t two;
       memcpy(&two, a + r * lda + i, sizeof two);
       __m512bh left = (__m512bh)_mm512_set1_epi32(two);
@@ -53,11 +52,19 @@ static inline __attribute__((always_inline)) void block(const T *a, long lda, co
 #else
     lanes right[ACROSS];
     for (int v = 0; v < vectors; v++) right[v] = load_floats(b + i * ldb + v * LANES);
-    for (int r = 0; r < DOWN; r++)
+    for (int r = 0; r < rows; r++)
       for (int v = 0; v < vectors; v++) sums[r][v] += a[r * lda + i] * right[v];
 #endif
   }
-  for (int r = 0; r < DOWN; r++)
+}
+
+static inline __attribute__((always_inline)) void block_of_floats(const T *a, long lda, const T *b, long ldb, float *c, long ldc, long k,
+                                                                  int rows, int vectors, int add) {
+  lanes sums[NARROW][ACROSS];
+  for (int r = 0; r < rows; r++)
+    for (int v = 0; v < vectors; v++) sums[r][v] = add ? load_floats(c + r * ldc + v * LANES) : (lanes){0};
+  block(a, lda, b, ldb, k, rows, vectors, sums);
+  for (int r = 0; r < rows; r++)
     for (int v = 0; v < vectors; v++) memcpy(c + r * ldc + v * LANES, &sums[r][v], sizeof(lanes));
 }
 
@@ -113,19 +120,19 @@ static void product(const T *a, long lda, const T *b, long ldb, float *c, long l
   }
 #endif
   for (long j = 0; j < n; j += ACROSS * LANES) {
-    long vectors = (n - j) / LANES < ACROSS ? (n - j) / LANES : ACROSS;
-    for (long i = 0; i < m; i += DOWN) {
+    long vectors = (n - j) / LANES < ACROSS ? (n - j) / LANES : ACROSS, rows = vectors > 2 ? 4 : NARROW;
+    for (long i = 0; i < m; i += rows) {
       const T *left = a + i * lda, *right = b + j * PAIR;
       float *to = c + i * ldc + j;
-      if (vectors == ACROSS)
-        block(left, lda, right, ldb, to, ldc, k, ACROSS, add);
-      else if (vectors == 1)
-        block(left, lda, right, ldb, to, ldc, k, 1, add);
-#ifdef __AVX512F__
+      if (vectors == 1)
+        block_of_floats(left, lda, right, ldb, to, ldc, k, NARROW, 1, add);
       else if (vectors == 2)
-        block(left, lda, right, ldb, to, ldc, k, 2, add);
+        block_of_floats(left, lda, right, ldb, to, ldc, k, NARROW, 2, add);
+#if ACROSS > 2
+      else if (vectors == 3)
+        block_of_floats(left, lda, right, ldb, to, ldc, k, 4, 3, add);
       else
-        block(left, lda, right, ldb, to, ldc, k, 3, add);
+        block_of_floats(left, lda, right, ldb, to, ldc, k, 4, 4, add);
 #endif
     }
   }

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 
+from core import native_lora
 from core.attention import Extent
 from core.decoder import Rows
 from core.head import UNEMBED, Part
@@ -123,7 +124,8 @@ def lay_out(
     parts: list[Part] = []
     start = selected_start = 0
     on_cpu = device.type == "cpu"
-    for adapters in [[adapter] for adapter, _ in counts.values()] if exact else bins(list(counts.values()), on_cpu):
+    alone = exact or native_lora.available(copies.dtype, device)  # each adapter is a segment
+    for adapters in [[adapter] for adapter, _ in counts.values()] if alone else bins(list(counts.values()), on_cpu):
         first, selected_first = len(spans), len(selected)
         for adapter in adapters:
             members = [item for item in batch if item.adapter is adapter]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from core import native, native_lora
 from core.datum import AdamParams, LoraConfig
 from core.lora import Adapter, ComputeCopies, Geometry, Matrix, Segment, Site, add_lora, add_lora_backward
 from tests.tiny import assert_close
@@ -128,3 +129,43 @@ def test_snapshots_that_nobody_holds_leave_nothing_behind() -> None:
 def test_in_fp32_one_adapter_alone_is_used_without_a_copy() -> None:
     adapter = random_adapter(2, 0)
     assert ComputeCopies(torch.float32).get([adapter]) is adapter.params
+
+
+@pytest.mark.skipif(not native.available(), reason="no C compiler for this processor")
+@pytest.mark.parametrize("way", ["fp32", "bf16", "tiles"])
+@pytest.mark.parametrize("d_outs", [(80, 16, 16), (192,), (96, 96)], ids=str)
+def test_the_c_code_adds_what_products_add(
+    d_outs: tuple[int, ...], way: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters of any ranks beside one without a factor here, with more rows than are summed at once."""
+    dtype = torch.float32 if way == "fp32" else torch.bfloat16
+    if way == "tiles":
+        request.getfixturevalue("tiles")
+    if not native_lora.available(dtype, torch.device("cpu")):
+        pytest.skip("a processor without products in bf16")
+    site = Site("s", "mlp", 112, tuple(Matrix(f"m{i}", d_out) for i, d_out in enumerate(d_outs)))
+    other = Site("t", "attn", 16, (Matrix("o", 16),))
+    generator = torch.Generator().manual_seed(len(d_outs))
+    segments, start = [], 0
+    for count, rank, sites in ((16, 1, [site]), (48, 7, [other, site]), (32, 4, [other]), (304, 32, [site]), (64, 40, [site])):
+        config = LoraConfig(rank=rank, train_mlp=site in sites, train_attn=other in sites)
+        adapter = Adapter(config, Geometry.of(sites, config), torch.device("cpu"))
+        params = adapter.params.uniform_(-0.3, 0.3, generator=generator).to(dtype)
+        segments.append(Segment(start, start + count, adapter.geometry, params, adapter.scale, torch.empty_like(params)))
+        start += count
+    shapes = ((start, 112), (start, sum(d_outs)), (start, sum(d_outs)), (start, 112))
+    x, y, dy, dx = (torch.randn(*shape, generator=generator).to(dtype) for shape in shapes)
+
+    def results() -> list[torch.Tensor]:
+        out, gradient = y.clone(), dx.clone()
+        for segment in segments:
+            assert segment.grad is not None
+            segment.grad.zero_()
+        add_lora_backward(x, dy, gradient, add_lora(x, out, "s", segments), "s", segments)
+        return [out, gradient, *(segment.grad.clone() for segment in segments if segment.grad is not None)]
+
+    assert native_lora.takes(x, "s", segments)
+    ours = results()
+    monkeypatch.setattr(native_lora, "takes", lambda *_: False)
+    for mine, theirs in zip(ours, results(), strict=True):
+        assert_close(mine.float(), theirs.float(), 2e-6 if dtype == torch.float32 else 0.02)

@@ -1,8 +1,8 @@
 """Causal attention inside each sequence of a packed micro-batch; sequences never see each other.
 
-CUDA: torch's variable-length kernel on the packed rows. Elsewhere: sequences of like length are gathered into padded groups
-and attended with two batched matrix products per query block. That beats SDPA's CPU kernel 2-4 times at the lengths of chat
-data (bf16, Zen 5: 8 ms against 28 ms forward and backward for 10 sequences of 200 tokens), and a query block never meets
+CUDA: torch's variable-length kernel on the packed rows. CPUs: core/packed_attention.py. Where there is no compiler for that,
+or heads are of an odd size: sequences of like length are gathered into padded groups and attended with two batched matrix
+products per query block. That beats SDPA's CPU kernel 2-4 times at the lengths of chat data, and a query block never meets
 keys that lie after it.
 """
 

@@ -160,8 +160,7 @@ void lora_add(const of_rows *parts, const float *scales, long count, long matric
   free(packs);
 }
 
-/* out [columns, rank] of sums over `rows` rows of right [rows, columns] times left [padded, filled], left being transposed, for one
-   strip of columns; row r of left goes to out[.. + place]. */
+/* sums [padded, STRIP] = left [padded, filled] times `columns` columns of right [rows, stride], zeros behind its rows */
 static void sum_over_rows(const T *left, long filled, long padded, const T *right, long stride, long rows, long columns, float *sums) {
   T *pairs = room(CHUNK * STRIP, sizeof(T));
   for (long at = 0; at < filled; at += CHUNK) {

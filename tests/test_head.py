@@ -107,3 +107,31 @@ def test_fp32_logprobs_of_a_large_vocabulary_are_exact() -> None:
     logprobs, _ = run_head(Head(weight, None), h, targets, parts_of(None, 9), None)
     exact = torch.log_softmax(h.double() @ weight.double().T, 1).gather(1, targets)
     assert float((logprobs - exact).abs().max()) < 5e-6
+
+
+def test_a_chunk_serves_several_parts() -> None:
+    """Two adapters of other ranks, rows of none between them, one across the border of two chunks; as each part by itself."""
+    generator = torch.Generator().manual_seed(0)
+    counts, rows = (30, 50, 300), 380
+    h, targets = torch.randn(rows, D, generator=generator), torch.randint(V, (rows, 2), generator=generator)
+    head, g = Head(torch.randn(V, D, generator=generator) * D**-0.5, None), torch.randn(rows, 2, generator=generator)
+    adapters = [unembedding(3), None, unembedding(5)]
+    alone, spans, start = [], [], 0
+    for adapter, count in zip(adapters, counts, strict=True):
+        span = slice(start, start + count)
+        parts = parts_of(adapter, count)
+        found = run_head(head, h[span].clone(), targets[span], parts, lambda chunk, _, span=span: g[span][chunk])
+        alone.append((*found, parts[0].segment.grad))
+        spans.append(span)
+        start += count
+    together = [Part(span, parts_of(adapter, count)[0].segment, adapter.scale if adapter else 1.0)
+                for span, adapter, count in zip(spans, adapters, counts, strict=True)]  # fmt: skip
+    logprobs, dh = run_head(head, h.clone(), targets, together, lambda chunk, _: g[chunk])
+    assert dh is not None
+    for span, part, (theirs, their_dh, their_grad) in zip(spans, together, alone, strict=True):
+        assert_close(logprobs[span], theirs, 1e-6)
+        assert their_dh is not None
+        assert_close(dh[span], their_dh, 2e-6)
+        if their_grad is not None:
+            assert part.segment.grad is not None
+            assert_close(part.segment.grad, their_grad, 5e-6)

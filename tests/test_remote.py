@@ -323,8 +323,8 @@ def test_a_run_whose_server_restarts_ends_in_one_line_and_goes_on_when_resumed(
         assert status == [2] and result(run)["status"] == "failed" and 3 <= result(run)["steps"] < 30
         line = capsys.readouterr().err.splitlines()[-1]
         assert line == f"error: {result(run)['error']}"
-        lost, gone = f"{url} has lost what was under way", f"{url} refuses this (HTTP 404): training run "
-        assert line.startswith((f"error: {lost}", f"error: {gone}"))
+        lost, gone = f"{url} has lost what was under way", f"{url} refuses this (HTTP 404): "
+        assert line.startswith((f"error: {lost}", f"error: {gone}training run ", f"error: {gone}sampling session "))
     with serving(tmp_path / "store") as (moved, _):
         assert main(["resume", str(run), f"service={moved}"]) == 0
     assert_same_metrics(run, tmp_path / "straight", within=1e-5)

@@ -10,9 +10,11 @@
 #include <immintrin.h>
 #define PAIR 2
 typedef uint32_t __attribute__((may_alias)) unit; /* two values that are summed at once */
+static inline unit unit_of(T first, T second) { return (unit)first | (unit)second << 16; }
 #else
 #define PAIR 1
 typedef T unit;
+static inline unit unit_of(T first, T second) { return (void)second, first; }
 #endif
 #ifdef __AVX512F__
 #define ACROSS 4 /* vectors of a row at once */
@@ -27,8 +29,8 @@ typedef struct {
   const T *qkv;              /* [rows, q + 2 kv, size] */
   const int64_t *keys;       /* rows of the keys of all extents, by position */
   const int64_t *ends;       /* of extent e they are [ends[e], ends[e + 1]); the last own[e] are its queries too */
-  const int64_t *own, *order; /* order: extents, those that take longest first */
-  long extents, q, kv, size;
+  const int64_t *own;
+  long q, kv, size;
   float scaling;
 } packed;
 
@@ -155,7 +157,7 @@ static void as_rows(const T *rows, T *to, long n, long size) {
     const T *even = rows + j * size, *odd = even + size;
     unit *out = (unit *)(to + j * size);
     #pragma omp simd
-    for (long d = 0; d < size; d++) out[d] = (uint32_t)even[d] | (uint32_t)odd[d] << 16;
+    for (long d = 0; d < size; d++) out[d] = unit_of(even[d], odd[d]);
   }
 #else
   memcpy(to, rows, (size_t)(n * size) * sizeof(T));
@@ -284,7 +286,7 @@ static void attend_one_backward(const packed *p, long extent, long head, const f
         w[r + padded] = store(row[r + padded]);
         s[r] = even;
         s[r + padded] = odd;
-        both[r] = (uint32_t)even | (uint32_t)odd << 16;
+        both[r] = unit_of(even, odd);
       }
 #else
       #pragma omp simd
@@ -328,10 +330,11 @@ static void attend_one_backward(const packed *p, long extent, long head, const f
 #define END_TILES
 #endif
 
-/* Values [rows, q, size] into `out`; into `kept` [rows, q, 2] each query's largest score and what makes its weights sum to 1. */
+/* Values [rows, q, size] into `out`; into `kept` [rows, q, 2] each query's largest score and what makes its weights sum to 1.
+   `order`: extents, those that take longest first. */
 void packed_attention(const T *qkv, const int64_t *keys, const int64_t *ends, const int64_t *own, const int64_t *order, long extents,
                       long q, long kv, long size, float scaling, T *out, float *kept) {
-  packed p = {qkv, keys, ends, own, order, extents, q, kv, size, scaling};
+  packed p = {qkv, keys, ends, own, q, kv, size, scaling};
   tiles = wide_rows() > 0;
   #pragma omp parallel
   {
@@ -348,7 +351,7 @@ void packed_attention_backward(const T *qkv, const int64_t *keys, const int64_t 
                                long extents, long q, long kv, long size, float scaling, const float *kept, const T *d_out, T *d_qkv,
                                const int64_t *parts, float *d_parts, const int64_t *shared, const int64_t *shared_ends,
                                const int64_t *places, long num_shared) {
-  packed p = {qkv, keys, ends, own, order, extents, q, kv, size, scaling};
+  packed p = {qkv, keys, ends, own, q, kv, size, scaling};
   tiles = wide_rows() > 0;
   #pragma omp parallel
   {

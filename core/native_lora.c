@@ -7,12 +7,6 @@
 #define CHUNK 256 /* rows of a sum over rows that lie in pairs at once */
 #define AT_ONCE 32 /* rows of x at once */
 
-#ifdef BF16
-static inline unit unit_of(T first, T second) { return (unit)first | (unit)second << 16; }
-#else
-static inline unit unit_of(T first, T second) { return (void)second, first; }
-#endif
-
 typedef struct {
   int64_t start, end, rank;   /* rows of x; start and end are multiples of 16 */
   const T *a, *b[3];          /* [d_in, matrices, rank], each [d_out of the matrix, rank] */
